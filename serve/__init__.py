@@ -1,0 +1,1 @@
+"""Headrace as a plain library: everything here runs without Ray (see `deployments` for that)."""

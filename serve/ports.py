@@ -1,0 +1,250 @@
+"""Every seam with two real implementations. Flows are written against these; adapters implement
+them; `deployments/handles.py` implements those that stand behind a Ray handle or actor.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from serve.records import (
+    Collection,
+    CollectionSpec,
+    DocumentVersion,
+    DocumentWrite,
+    EmbedCall,
+    EmbedReply,
+    Filter,
+    Hit,
+    Input,
+    InputKind,
+    Key,
+    Outcome,
+    Record,
+    Tombstone,
+    Vector,
+    Write,
+)
+
+
+class Engine(Protocol):
+    """Runs one model. Called from one thread at a time, never from the event loop."""
+
+    accepts: frozenset[InputKind]
+    dimensions: int
+
+    def forward(self, batch: Sequence[Input]) -> Vector:
+        """Embed a batch: float32, shape (len(batch), dimensions), rows of unit length.
+
+        Raises whatever the runtime raises; the batcher splits and retries.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free memory; the engine is not used afterwards."""
+        ...
+
+
+class Embedder(Protocol):
+    """Turns inputs into vectors, fairly between tenants."""
+
+    async def embed(self, call: EmbedCall) -> EmbedReply:
+        """Embed one call.
+
+        Raises QuotaExceeded (the tenant's own queue cap), Overloaded, DeadlineExceeded,
+        ModelUnavailable, NotFound (model). A single bad input is a row of `failures`.
+        """
+        ...
+
+    async def ready(self) -> bool:
+        """True when a forward pass of every model has run and the batcher lives."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """Limits of an index backend. Vendors change theirs, so adapters take them from settings."""
+
+    max_items: int
+    max_bytes: int
+    max_dim: int
+    max_top_k: int
+    consistency: Literal["strong", "token", "eventual"]
+    single_writer: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """What a bulk write did: `rejected` pairs record ids with reasons; the rest landed.
+
+    `token` is the backend's freshness token, where it has one.
+    """
+
+    rejected: tuple[tuple[str, str], ...] = ()
+    token: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class IndexStats:
+    """Size of one namespace."""
+
+    records: int
+
+
+class VectorIndex(Protocol):
+    """The data path of an index. A namespace is a collection's uuid (32 hex).
+
+    Errors are those of `serve.index.errors`; the buffer decides on them.
+    """
+
+    caps: Capabilities
+
+    async def upsert(self, ns: str, records: Sequence[Record]) -> Landed:
+        """Insert or replace by id; a record never replaces one of a higher generation."""
+        ...
+
+    async def delete(self, ns: str, tombstones: Sequence[Tombstone]) -> Landed:
+        """Remove by id what has at most the tombstone's generation; absent ids are no error."""
+        ...
+
+    async def query(
+        self, ns: str, vector: Vector, top_k: int, where: Filter | None = None
+    ) -> Sequence[Hit]:
+        """The `top_k` nearest by cosine that satisfy `where`, best first; ties by id."""
+        ...
+
+    async def fetch(self, ns: str, ids: Sequence[str]) -> Sequence[Record]:
+        """The records that exist among `ids`, in no order."""
+        ...
+
+
+class IndexAdmin(Protocol):
+    """The other callers' side of the same object."""
+
+    async def ensure(self, spec: CollectionSpec) -> None:
+        """Make the namespace; a no-op when it exists."""
+        ...
+
+    async def drop(self, ns: str) -> None:
+        """Remove the namespace; a no-op when it does not exist."""
+        ...
+
+    async def stats(self, ns: str) -> IndexStats:
+        """Count what is there."""
+        ...
+
+    async def maintain(self) -> None:
+        """Compaction and cleanup; called from the writer's tick only."""
+        ...
+
+    async def aclose(self) -> None:
+        """Release files and connections."""
+        ...
+
+
+class Index(VectorIndex, IndexAdmin, Protocol):
+    """Both sides, as an adapter implements them."""
+
+
+class Upserter(Protocol):
+    """The single writer of the index."""
+
+    async def offer(self, ns: str, writes: Sequence[Write], deadline_s: float) -> Sequence[Outcome]:
+        """Land writes in bulk; one outcome per write, in order.
+
+        Raises Overloaded (buffer full; nothing was taken), IndexUnavailable.
+        """
+        ...
+
+    async def ensure(self, spec: CollectionSpec) -> None:
+        """Make a namespace."""
+        ...
+
+    async def drop(self, ns: str) -> None:
+        """Forget a namespace: its waiting writes are released, its records removed."""
+        ...
+
+
+class Keys(Protocol):
+    """Tenants and keys in the Store."""
+
+    async def find_key(self, key_id: str) -> Key | None:
+        """The live key of that id, with its tenant's tier."""
+        ...
+
+    async def create_key(self, op: str, key: Key) -> None:
+        """Keep a key; makes the tenant when it is new, else sets its tier."""
+        ...
+
+    async def list_keys(self) -> Sequence[Key]:
+        """Every live key."""
+        ...
+
+
+class Collections(Protocol):
+    """Collections in the Store; every call is scoped to one tenant."""
+
+    async def create_collection(self, op: str, collection: Collection) -> Collection:
+        """Keep a collection. Raises Conflict when the name is taken."""
+        ...
+
+    async def find_collection(self, tenant: str, name: str) -> Collection | None:
+        """The live collection of that name."""
+        ...
+
+    async def list_collections(self, tenant: str) -> Sequence[Collection]:
+        """All live collections of a tenant, by name."""
+        ...
+
+    async def delete_collection(self, op: str, tenant: str, name: str) -> Collection | None:
+        """Mark it deleted: from now on it is found by nobody; returns what it was."""
+        ...
+
+    async def purge_collection(self, uuid: str) -> None:
+        """Forget a deleted collection and its documents, after the index dropped it."""
+        ...
+
+    async def deleted_collections(self) -> Sequence[Collection]:
+        """Deleted but not yet purged: what a restarted writer must still drop."""
+        ...
+
+
+class Documents(Protocol):
+    """Generations of documents: last accepted write wins."""
+
+    async def begin_documents(
+        self, op: str, collection: str, writes: Sequence[DocumentWrite]
+    ) -> Sequence[DocumentVersion]:
+        """Accept a write of each document: raises its generation, in one transaction.
+
+        Raises NotFound when the collection is gone.
+        """
+        ...
+
+    async def settle_documents(
+        self, collection: str, versions: Sequence[tuple[str, int, int]]
+    ) -> None:
+        """(document, generation, chunks) landed and stale chunks are gone."""
+        ...
+
+    async def delete_documents(
+        self, op: str, collection: str, documents: Sequence[str]
+    ) -> Sequence[DocumentVersion]:
+        """Accept a delete: raises the generation of those that exist and marks a tombstone."""
+        ...
+
+
+class Fence(Protocol):
+    """What a writer asks the Store."""
+
+    async def take_epoch(self, name: str, deploy_seq: int) -> int:
+        """Become the writer `name`. Raises Fenced when a later deployment already took it."""
+        ...
+
+    async def superseded(
+        self, name: str, epoch: int, ns: str, versions: Mapping[str, int]
+    ) -> frozenset[str]:
+        """Documents whose generation in the Store is above the one given.
+
+        Also those of a collection that is gone. Raises Fenced when `epoch` is not the latest.
+        """
+        ...

@@ -1,0 +1,255 @@
+"""Values that travel between layers and across Ray handles. They import nothing of the package
+but `errors`, hold no live resources, and are never changed after they were made.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.errors import ServiceError
+
+
+Vector = NDArray[np.float32]
+TokenIds = NDArray[np.int32]
+
+Klass = Literal["interactive", "bulk"]
+KLASSES: tuple[Klass, ...] = ("interactive", "bulk")
+
+InputKind = Literal["ids", "text", "image", "pair"]
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who pays: the tenant behind a key, with its tier and the tier's fair-share weight."""
+
+    tenant: str
+    tier: str
+    weight: float
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One thing to embed; exactly one field is set.
+
+    Attributes:
+        ids: token ids with the model's special tokens, int32, shape (tokens,).
+        text: plain text, for engines that tokenise themselves (remote providers).
+        image: encoded image bytes.
+        pair: query and text, for scoring engines.
+    """
+
+    ids: TokenIds | None = None
+    text: str | None = None
+    image: bytes | None = None
+    pair: tuple[str, str] | None = None
+
+    @property
+    def kind(self) -> InputKind:
+        """Which field is set."""
+        if self.ids is not None:
+            return "ids"
+        if self.text is not None:
+            return "text"
+        return "image" if self.image is not None else "pair"
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedCall:
+    """What one handle call to an embedder carries.
+
+    `tokens[i]` is the model's own cost of `inputs[i]`; `deadline_s` is relative to arrival,
+    because clocks of two processes must not be compared.
+    """
+
+    request_id: str
+    tenant: str
+    weight: float
+    klass: Klass
+    model: str
+    inputs: tuple[Input, ...]
+    tokens: tuple[int, ...]
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedReply:
+    """Vectors in input order: float32, shape (inputs, dimensions), rows of unit length.
+
+    `failures` names the inputs that have no vector; their rows are zero and must not be used.
+    """
+
+    vectors: Vector
+    failures: tuple[tuple[int, ServiceError], ...] = ()
+    queue_ms: float = 0.0
+    infer_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of a document: `text == document[start:end]` (offsets in characters)."""
+
+    ordinal: int
+    text: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """An API key as the Store keeps it: never the secret, only its SHA-256 in hex."""
+
+    id: str
+    tenant: str
+    tier: str
+    secret_sha256: str
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """A tenant's named set of vectors of one model revision.
+
+    `uuid` is what index namespaces, lanes and record ids contain: a recreated collection of
+    the same name shares nothing with its predecessor.
+    """
+
+    uuid: str
+    tenant: str
+    name: str
+    model: str
+    revision: str
+    dimensions: int
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentWrite:
+    """A document about to be written: its id and into how many chunks it was cut."""
+
+    document: str
+    chunks: int
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentVersion:
+    """What the Store granted for one write of a document.
+
+    `chunks_max` bounds the ordinals that may exist in the index from any earlier generation.
+    """
+
+    document: str
+    generation: int
+    chunks_max: int
+    existed: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One vector on its way into the index, and back.
+
+    `metadata` is the user's own; `text`, `start`, `end` and `ordinal` are the chunk's.
+    """
+
+    id: str
+    document: str
+    generation: int
+    ordinal: int
+    vector: Vector
+    text: str = ""
+    start: int = 0
+    end: int = 0
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Tombstone:
+    """Deletes the record `id` unless the index holds a generation above `generation`."""
+
+    id: str
+    document: str
+    generation: int
+
+
+Write = Record | Tombstone
+
+OutcomeWord = Literal["landed", "rejected", "superseded", "released"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one offered write.
+
+    landed: the index returned. rejected: the index refuses this record for good (`reason`).
+    superseded: a newer accepted write of the document exists. released: given back unwritten
+    (shutdown, fencing, deadline); the caller still owns it.
+    """
+
+    word: OutcomeWord
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """`field op value` of a filter; `op` is one of the words of `serve.index.filters`."""
+
+    field: str
+    op: str
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Every:
+    """All parts hold (`$and`)."""
+
+    parts: tuple["Filter", ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Some:
+    """At least one part holds (`$or`)."""
+
+    parts: tuple["Filter", ...]
+
+
+Filter = Condition | Every | Some
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A search result. `score` is the cosine similarity, -1..1."""
+
+    record: Record
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class CollectionSpec:
+    """What an index must know to make a namespace."""
+
+    ns: str
+    dimensions: int
+
+
+def record_id(tenant: str, collection: str, document: str, ordinal: int, revision: str) -> str:
+    """Deterministic id: the first 32 hex of SHA-256 over length-prefixed parts.
+
+    A repeated write overwrites itself. 32 ASCII bytes satisfy the strictest index (64 bytes).
+    Length prefixes keep ("a", "bc") and ("ab", "c") apart.
+    """
+    digest = hashlib.sha256()
+    for part in (tenant, collection, document, str(ordinal), revision):
+        raw = part.encode()
+        digest.update(len(raw).to_bytes(4, "big") + raw)
+    return digest.hexdigest()[:32]
+
+
+def stack(vectors: Sequence[Vector], dimensions: int) -> Vector:
+    """Rows into one contiguous float32 array of shape (len(vectors), dimensions)."""
+    if not vectors:
+        return np.zeros((0, dimensions), np.float32)
+    return np.ascontiguousarray(np.stack(vectors), np.float32)
