@@ -37,7 +37,9 @@ class Limits(Section):
     request_tokens_max: int = Field(
         300_000, ge=8, le=10_000_000, description="Tokens of one request over all inputs."
     )
-    documents_max: int = Field(1000, ge=1, le=10_000, description="Documents of one ingest request.")
+    documents_max: int = Field(
+        1000, ge=1, le=10_000, description="Documents of one ingest request."
+    )
     document_chars_max: int = Field(
         1_000_000, ge=1, le=50_000_000, description="Characters of one document."
     )
@@ -125,9 +127,7 @@ class Admission(Section):
 class Model(Section):
     """One model: where its files are, what they must hash to, and what it can do."""
 
-    id: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$", description="Name in the API."
-    )
+    id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$", description="Name in the API.")
     engine: Literal["sentence_transformers", "fake"] = Field(
         "sentence_transformers",
         description="What runs it. `fake` is deterministic arithmetic for tests and benchmarks.",
@@ -147,7 +147,8 @@ class Model(Section):
         ge=8, le=131072, description="Longest input in tokens, special tokens included."
     )
     matryoshka: bool = Field(
-        False, description="Whether vectors may be cut (`dimensions`); only if trained for it."
+        default=False,
+        description="Whether vectors may be cut (`dimensions`); only if trained for it.",
     )
     owned_by: str = Field("headrace", max_length=128, description="Shown by the models route.")
     created: int = Field(0, ge=0, description="Unix time shown by the models route.")
@@ -198,7 +199,9 @@ class Batch(Section):
 class Pool(Section):
     """Models that share one set of embedder replicas, and one fair queue in each."""
 
-    name: Name = Field("default", description="Name of the pool; its deployment is `embedder-NAME`.")
+    name: Name = Field(
+        "default", description="Name of the pool; its deployment is `embedder-NAME`."
+    )
     models: tuple[Model, ...] = Field(
         min_length=1, max_length=16, description="Models that every replica holds."
     )
