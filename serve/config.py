@@ -2,7 +2,7 @@
 
 Unknown keys are refused, every field has a description and bounds, and nothing here reads the
 environment: a field that needs a secret holds the *name* of a variable. `docs/config.md` is
-generated from this file (`python -m deployments.cli config-docs`).
+generated from this file (`python -m deployments.config_docs`).
 """
 
 from typing import Annotated, Literal, Self
@@ -260,7 +260,10 @@ class Chunking(Section):
         200, ge=16, le=8192, description="Tokens of a chunk; at most the model's maximum less two."
     )
     overlap: int = Field(
-        32, ge=0, le=4096, description="Tokens a chunk repeats of its predecessor; below `tokens`."
+        32,
+        ge=0,
+        le=4096,
+        description="Tokens a chunk repeats of the one before; at most half of `tokens`.",
     )
 
     @model_validator(mode="after")
@@ -274,9 +277,7 @@ class Chunking(Section):
 class Index(Section):
     """Where vectors land."""
 
-    backend: Literal["lancedb", "memory"] = Field(
-        "lancedb", description="`memory` keeps vectors in the writer only: tests."
-    )
+    backend: Literal["lancedb"] = Field("lancedb", description="Which index.")
     uri: str = Field("index", min_length=1, description="Folder of the index, under `data_dir`.")
     compact_commits: int = Field(
         64, ge=2, le=10_000, description="Compact a table after this many commits."

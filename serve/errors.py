@@ -41,6 +41,11 @@ class ServiceError(Exception):
             None if retry_after_s is None else min(max(retry_after_s, 0.001), RETRY_AFTER_S_MAX)
         )
 
+    @property
+    def refundable(self) -> bool:
+        """Whether the caller's quota is given back: shed, or a fault of ours."""
+        return self.retryable or self.status >= Internal.status
+
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle by attributes: `Exception` alone would drop the keyword-only ones."""
         state = {

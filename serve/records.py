@@ -62,8 +62,9 @@ class Input:
 class EmbedCall:
     """What one handle call to an embedder carries.
 
-    `tokens[i]` is the model's own cost of `inputs[i]`; `deadline_s` is relative to arrival,
-    because clocks of two processes must not be compared.
+    `tokens[i]` is the number of tokens of `inputs[i]`. `deadline_s` is how long the call may wait
+    for others, relative to arrival because clocks of two processes must not be compared; the
+    time of its own work is added by the embedder. `queued_tokens_max` is the tenant's own cap.
     """
 
     request_id: str
@@ -74,6 +75,7 @@ class EmbedCall:
     inputs: tuple[Input, ...]
     tokens: tuple[int, ...]
     deadline_s: float
+    queued_tokens_max: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""Who may, how much, who is next: pure decisions."""

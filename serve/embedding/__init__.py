@@ -1,0 +1,1 @@
+"""Content into vectors."""

@@ -1,0 +1,1 @@
+"""One story per file, top to bottom; the only place where sibling packages meet."""

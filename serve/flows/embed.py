@@ -1,0 +1,232 @@
+"""`POST /v1/embeddings`: tokenise -> quota -> embedder -> vectors in input order."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from serve.errors import BadInput, PoisonInput, ServiceError
+from serve.flows.context import Context
+from serve.flows.models import Served
+from serve.records import Caller, EmbedCall, EmbedReply, Input, Klass, TokenIds, Vector
+
+
+TruncateSide = Literal["NONE", "START", "END"]
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedRequest:
+    """What a caller wants: either `texts` or `ids` is set.
+
+    `truncate` says which side of too long an input may go: NONE refuses it instead.
+    """
+
+    model: str
+    texts: Sequence[str] | None = None
+    ids: Sequence[Sequence[int]] | None = None
+    dimensions: int | None = None
+    truncate: TruncateSide = "NONE"
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """An input that was truncated at the caller's wish."""
+
+    index: int
+    tokens: int
+    used: int
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """Unit vectors, float32 (inputs, dimensions); `tokens` is what was used and is paid for."""
+
+    vectors: Vector
+    tokens: int
+    cuts: tuple[Cut, ...] = ()
+    queue_ms: float = 0.0
+    infer_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Work for the embedder on behalf of a caller."""
+
+    caller: Caller
+    request_id: str
+    klass: Klass
+    deadline_s: float
+
+
+class EmbedFlow:
+    """Embeds texts and token ids; the other flows embed through it as well."""
+
+    def __init__(self, context: Context) -> None:
+        self._settings = context.settings
+        self._models = context.models
+        self._quotas = context.quotas
+        self._threads = context.threads
+        self._clock = context.clock
+
+    async def embed(self, caller: Caller, request: EmbedRequest, request_id: str) -> Embedded:
+        """Embed one request at class `interactive`.
+
+        Raises NotFound (model), BadInput (names the input), QuotaExceeded, and what
+        `ports.Embedder.embed` raises. An input that fails alone fails the request, by index.
+        """
+        served = self._models.find(request.model)
+        size = _dimensions(served, request.dimensions)
+        ids, cuts = await self.tokenise(served, request)
+        tokens = sum(len(row) for row in ids)
+        now = self._clock()
+        deadline_s = self._settings.limits.interactive_deadline_s
+        job = Job(caller, request_id, "interactive", deadline_s)
+        with self._quotas.admitted(caller, "interactive", tokens=tokens, now=now):
+            reply = await self.run(job, served, ids)
+        if reply.failures:
+            index, failure = reply.failures[0]
+            raise _named(failure, index)
+        vectors = _cut(reply.vectors, size)
+        return Embedded(vectors, tokens, cuts, reply.queue_ms, reply.infer_ms)
+
+    async def tokenise(
+        self, served: Served, request: EmbedRequest
+    ) -> tuple[list[TokenIds], tuple[Cut, ...]]:
+        """Token ids of every input, in a thread; too long ones are refused or cut.
+
+        Raises BadInput naming the input, or `input` when the request as a whole is too long.
+        """
+        loop = asyncio.get_running_loop()
+        rows = await loop.run_in_executor(self._threads, _token_rows, served, request)
+        cuts: list[Cut] = []
+        for index, row in enumerate(rows):
+            if len(row) <= served.tokens_max:
+                continue
+            if request.truncate == "NONE":
+                raise BadInput(
+                    f"input[{index}] has {len(row)} tokens; the model {served.model.id} takes at "
+                    f"most {served.tokens_max}. Shorten it, or send truncate=END.",
+                    param=f"input[{index}]",
+                    code="context_length_exceeded",
+                )
+            rows[index] = served.tokenizer.truncate(row, served.tokens_max, request.truncate)
+            cuts.append(Cut(index, len(row), len(rows[index])))
+        total = sum(len(row) for row in rows)
+        limit = self._settings.limits.request_tokens_max
+        if total > limit:
+            raise BadInput(
+                f"The request has {total} tokens over all inputs; at most {limit} are allowed.",
+                param="input",
+                code="max_tokens_per_request",
+            )
+        return rows, tuple(cuts)
+
+    async def run(self, job: Job, served: Served, ids: Sequence[TokenIds]) -> EmbedReply:
+        """Embed token ids, in one call or, above `slice_tokens`, in several at once."""
+        parts = _parts([len(row) for row in ids], self._settings.ingress.slice_tokens)
+        gate = asyncio.Semaphore(self._settings.ingress.slices_in_flight_max)
+
+        async def one(start: int, stop: int) -> EmbedReply:
+            async with gate:
+                return await served.embedder.embed(self._call(job, served, ids[start:stop]))
+
+        if len(parts) == 1:
+            return await one(*parts[0])
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(*part)) for part in parts]
+        except* ServiceError as errors:
+            raise errors.exceptions[0] from None
+        return _joined([task.result() for task in tasks], [start for start, _ in parts])
+
+    def _call(self, job: Job, served: Served, ids: Sequence[TokenIds]) -> EmbedCall:
+        caller = job.caller
+        return EmbedCall(
+            request_id=job.request_id,
+            tenant=caller.tenant,
+            weight=caller.weight,
+            klass=job.klass,
+            model=served.model.id,
+            inputs=tuple(Input(ids=row) for row in ids),
+            tokens=tuple(len(row) for row in ids),
+            deadline_s=job.deadline_s,
+            queued_tokens_max=self._settings.admission.tiers[caller.tier].queued_tokens_max,
+        )
+
+
+def _token_rows(served: Served, request: EmbedRequest) -> list[TokenIds]:
+    if request.texts is not None:
+        return served.tokenizer.encode(request.texts)
+    rows: list[TokenIds] = []
+    for index, row in enumerate(request.ids or ()):
+        try:
+            rows.append(served.tokenizer.accept_ids(row))
+        except BadInput as error:
+            raise BadInput(error.message, param=f"input[{index}]", code=error.code) from None
+    return rows
+
+
+def _dimensions(served: Served, wanted: int | None) -> int:
+    """The length to cut vectors to. Raises BadInput when the model cannot."""
+    own = served.model.dimensions
+    if wanted is None or wanted == own:
+        return own
+    if not served.model.matryoshka:
+        raise BadInput(
+            f"The model {served.model.id} has {own} dimensions and was not trained to be cut.",
+            param="dimensions",
+            code="dimensions_not_supported",
+        )
+    if not 1 <= wanted <= own:
+        raise BadInput(f"dimensions must be between 1 and {own}.", param="dimensions")
+    return wanted
+
+
+def _cut(vectors: Vector, size: int) -> Vector:
+    """Matryoshka: the first `size` dimensions, of unit length again (in float32)."""
+    if vectors.shape[1] == size:
+        return vectors
+    head = np.ascontiguousarray(vectors[:, :size], np.float32)
+    norms = np.linalg.norm(head, axis=1, keepdims=True)
+    if not bool(np.all(norms > 0)):
+        raise PoisonInput("A vector is zero in the dimensions asked for.", param="dimensions")
+    cut: Vector = head / norms
+    return cut
+
+
+def _parts(tokens: Sequence[int], slice_tokens: int) -> list[tuple[int, int]]:
+    """Consecutive ranges of at most `slice_tokens` each (one input may exceed it, alone)."""
+    parts: list[tuple[int, int]] = []
+    start, room = 0, slice_tokens
+    for index, count in enumerate(tokens):
+        if index > start and count > room:
+            parts.append((start, index))
+            start, room = index, slice_tokens
+        room -= count
+    return [*parts, (start, len(tokens))]
+
+
+def _joined(replies: Sequence[EmbedReply], starts: Sequence[int]) -> EmbedReply:
+    """The replies of consecutive ranges as one."""
+    return EmbedReply(
+        np.concatenate([reply.vectors for reply in replies]),
+        tuple(
+            (start + index, failure)
+            for start, reply in zip(starts, replies, strict=True)
+            for index, failure in reply.failures
+        ),
+        queue_ms=max(reply.queue_ms for reply in replies),
+        infer_ms=max(reply.infer_ms for reply in replies),
+    )
+
+
+def _named(failure: ServiceError, index: int) -> ServiceError:
+    """The failure of one input as the failure of the request, naming the input."""
+    return type(failure)(
+        f"input[{index}]: {failure.message}",
+        param=f"input[{index}]",
+        code=failure.code,
+        retry_after_s=failure.retry_after_s,
+    )
