@@ -250,6 +250,12 @@ class Ingress(Section):
     slices_in_flight_max: int = Field(
         4, ge=1, le=256, description="Calls of one request that run at once."
     )
+    tokens_per_s_min: float = Field(
+        500,
+        gt=0,
+        le=1e9,
+        description="Slowest pace at which a call's own work may go before it counts as lost.",
+    )
     tokenizer_threads: int = Field(2, ge=1, le=64, description="Threads that tokenise.")
 
 
@@ -257,7 +263,7 @@ class Chunking(Section):
     """How documents are cut."""
 
     tokens: int = Field(
-        200, ge=16, le=8192, description="Tokens of a chunk; at most the model's maximum less two."
+        200, ge=16, le=8192, description="Tokens of a chunk; a model that takes fewer gets fewer."
     )
     overlap: int = Field(
         32,
@@ -265,6 +271,11 @@ class Chunking(Section):
         le=4096,
         description="Tokens a chunk repeats of the one before; at most half of `tokens`.",
     )
+
+    def fitting(self, tokens_max: int) -> Self:
+        """The same for a model that takes at most `tokens_max` content tokens."""
+        tokens = min(self.tokens, tokens_max)
+        return self.model_copy(update={"tokens": tokens, "overlap": min(self.overlap, tokens // 2)})
 
     @model_validator(mode="after")
     def _overlap_is_smaller(self) -> Self:

@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Sequence
 
 from serve.errors import BadInput, NotFound, QuotaExceeded
-from serve.flows.context import Context
+from serve.flows.context import Context, new_op
 from serve.ports import Collections, Upserter
 from serve.records import Caller, Collection, CollectionSpec
 
@@ -23,9 +23,7 @@ class CollectionFlow:
         self._store = store
         self._upserter = upserter
 
-    async def create(
-        self, caller: Caller, name: str, model: str | None, request_id: str
-    ) -> Collection:
+    async def create(self, caller: Caller, name: str, model: str | None) -> Collection:
         """Make a collection for a model (the first served one unless named).
 
         Raises Conflict when the name is taken, NotFound for the model, QuotaExceeded past
@@ -36,7 +34,7 @@ class CollectionFlow:
         if len(mine) >= self._settings.limits.collections_max:
             raise QuotaExceeded(f"You have {len(mine)} collections already.", code="collections")
         collection = await self._store.create_collection(
-            f"collection:{caller.tenant}:{request_id}",
+            new_op(),
             Collection(
                 uuid.uuid4().hex,
                 caller.tenant,
@@ -61,15 +59,13 @@ class CollectionFlow:
         """The caller's collections, by name."""
         return await self._store.list_collections(caller.tenant)
 
-    async def delete(self, caller: Caller, name: str, request_id: str) -> Collection:
+    async def delete(self, caller: Caller, name: str) -> Collection:
         """Remove a collection with everything in it.
 
         Found by nobody as soon as the Store has marked it; if we die before its records are
         gone, the writer drops them when it starts.
         """
-        gone = await self._store.delete_collection(
-            f"collection-delete:{caller.tenant}:{request_id}", caller.tenant, name
-        )
+        gone = await self._store.delete_collection(new_op(), caller.tenant, name)
         if gone is None:
             raise NotFound(f"You have no collection {name[:128]!r}.", code="collection_not_found")
         await self._upserter.drop(gone.uuid)

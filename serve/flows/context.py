@@ -1,5 +1,6 @@
 """What every flow of one ingress replica shares."""
 
+import uuid
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -22,3 +23,11 @@ class Context:
     threads: Executor
     clock: Callable[[], float]
     wall: Callable[[], float]
+
+
+def new_op() -> str:
+    """The id of one change to the Store, so that a repeated call is applied once.
+
+    Never the client's own request id: two requests that share it are two changes.
+    """
+    return uuid.uuid4().hex

@@ -51,7 +51,7 @@ class Embedded:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class Work:
     """Work for the embedder on behalf of a caller."""
 
     caller: Caller
@@ -82,9 +82,9 @@ class EmbedFlow:
         tokens = sum(len(row) for row in ids)
         now = self._clock()
         deadline_s = self._settings.limits.interactive_deadline_s
-        job = Job(caller, request_id, "interactive", deadline_s)
+        work = Work(caller, request_id, "interactive", deadline_s)
         with self._quotas.admitted(caller, "interactive", tokens=tokens, now=now):
-            reply = await self.run(job, served, ids)
+            reply = await self.run(work, served, ids)
         if reply.failures:
             index, failure = reply.failures[0]
             raise _named(failure, index)
@@ -123,14 +123,14 @@ class EmbedFlow:
             )
         return rows, tuple(cuts)
 
-    async def run(self, job: Job, served: Served, ids: Sequence[TokenIds]) -> EmbedReply:
+    async def run(self, work: Work, served: Served, ids: Sequence[TokenIds]) -> EmbedReply:
         """Embed token ids, in one call or, above `slice_tokens`, in several at once."""
         parts = _parts([len(row) for row in ids], self._settings.ingress.slice_tokens)
         gate = asyncio.Semaphore(self._settings.ingress.slices_in_flight_max)
 
         async def one(start: int, stop: int) -> EmbedReply:
             async with gate:
-                return await served.embedder.embed(self._call(job, served, ids[start:stop]))
+                return await served.embedder.embed(self._call(work, served, ids[start:stop]))
 
         if len(parts) == 1:
             return await one(*parts[0])
@@ -141,17 +141,17 @@ class EmbedFlow:
             raise errors.exceptions[0] from None
         return _joined([task.result() for task in tasks], [start for start, _ in parts])
 
-    def _call(self, job: Job, served: Served, ids: Sequence[TokenIds]) -> EmbedCall:
-        caller = job.caller
+    def _call(self, work: Work, served: Served, ids: Sequence[TokenIds]) -> EmbedCall:
+        caller = work.caller
         return EmbedCall(
-            request_id=job.request_id,
+            request_id=work.request_id,
             tenant=caller.tenant,
             weight=caller.weight,
-            klass=job.klass,
+            klass=work.klass,
             model=served.model.id,
             inputs=tuple(Input(ids=row) for row in ids),
             tokens=tuple(len(row) for row in ids),
-            deadline_s=job.deadline_s,
+            deadline_s=work.deadline_s,
             queued_tokens_max=self._settings.admission.tiers[caller.tier].queued_tokens_max,
         )
 

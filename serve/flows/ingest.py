@@ -17,8 +17,8 @@ from serve.content.chunking import chunk
 from serve.content.documents import Document, validate_documents
 from serve.errors import BadInput, DeadlineExceeded, Internal, ServiceError
 from serve.flows.collections import CollectionFlow
-from serve.flows.context import Context
-from serve.flows.embed import EmbedFlow, Job
+from serve.flows.context import Context, new_op
+from serve.flows.embed import EmbedFlow, Work
 from serve.flows.models import Served
 from serve.ports import Documents, Upserter
 from serve.records import (
@@ -72,7 +72,7 @@ class Prepared:
 class Target:
     """Where a request's documents go."""
 
-    job: Job
+    work: Work
     collection: Collection
     served: Served
 
@@ -112,7 +112,7 @@ class IngestFlow:
         tokens = sum(one.tokens for one in prepared)
         with self._quotas.admitted(caller, "bulk", tokens=tokens, now=self._clock()):
             versions = await self._store.begin_documents(
-                f"documents:{caller.tenant}:{request_id}",
+                new_op(),
                 target.collection.uuid,
                 [DocumentWrite(one.document.id, len(one.chunks)) for one in prepared],
             )
@@ -123,14 +123,12 @@ class IngestFlow:
         return results
 
     async def delete(
-        self, caller: Caller, name: str, documents: Sequence[str], request_id: str
+        self, caller: Caller, name: str, documents: Sequence[str]
     ) -> list[DocumentResult]:
         """Delete documents by id; `absent` for those that did not exist."""
         collection = await self._collections.find(caller, name)
         self._quotas.admit(caller, "bulk", tokens=0, now=self._clock())
-        versions = await self._store.delete_documents(
-            f"documents-delete:{caller.tenant}:{request_id}", collection.uuid, documents
-        )
+        versions = await self._store.delete_documents(new_op(), collection.uuid, documents)
         stale = [
             stone for version in versions for stone in _tombstones(collection, version, start=0)
         ]
@@ -154,18 +152,23 @@ class IngestFlow:
     async def _target(self, caller: Caller, name: str, request_id: str) -> Target:
         collection = await self._collections.find(caller, name)
         self._collections.servable(collection)
-        job = Job(caller, request_id, "bulk", self._settings.limits.bulk_deadline_s)
-        return Target(job, collection, self._models.find(collection.model))
+        work = Work(caller, request_id, "bulk", self._settings.limits.bulk_deadline_s)
+        return Target(work, collection, self._models.find(collection.model))
 
     async def _prepare(self, served: Served, documents: Sequence[Document]) -> list[Prepared]:
         """Chunk and tokenise in a thread; a bound on the chunks of one request."""
         loop = asyncio.get_running_loop()
         prepared: list[Prepared] = []
         chunks = 0
-        for document in documents:
+        for index, document in enumerate(documents):
             one = await loop.run_in_executor(
                 self._threads, partial(_prepare, served, document, self._settings)
             )
+            if not one.chunks:
+                raise BadInput(
+                    f"documents[{index}].text holds nothing that the model can read.",
+                    param=f"documents[{index}].text",
+                )
             chunks += len(one.chunks)
             if chunks > self._settings.limits.chunks_max:
                 raise BadInput(
@@ -208,7 +211,7 @@ class IngestFlow:
     ) -> list[DocumentResult]:
         """Embed a group, land its records, then remove stale chunks and settle."""
         ids = [row for one, _ in group for row in one.ids]
-        reply = await self._embed.run(target.job, target.served, ids)
+        reply = await self._embed.run(target.work, target.served, ids)
         broken = dict(reply.failures)
         results: dict[str, DocumentResult] = {}
         writes: list[Record] = []
@@ -227,8 +230,8 @@ class IngestFlow:
             by_document.setdefault(write.document, []).append(outcome)
         for one, version in group:
             if one.document.id not in results:
-                outcome = by_document.get(one.document.id, [])
-                results[one.document.id] = _result(one, version, outcome)
+                mine = by_document.get(one.document.id, [])
+                results[one.document.id] = _result(one, version, mine)
         await self._settle(target.collection, group, results)
         return [results[one.document.id] for one, _ in group]
 
@@ -261,8 +264,10 @@ class IngestFlow:
 
 
 def _prepare(served: Served, document: Document, settings: Settings) -> Prepared:
-    chunks = tuple(chunk(document.text, served.tokenizer.count, settings.chunking))
     prefix = served.model.document_prefix
+    room = served.tokens_max - served.tokenizer.special_tokens - served.tokenizer.count(prefix)
+    fitting = settings.chunking.fitting(room)
+    chunks = tuple(chunk(document.text, served.tokenizer, fitting))
     ids = served.tokenizer.encode([prefix + one.text for one in chunks])
     return Prepared(document, chunks, tuple(ids))
 

@@ -11,7 +11,7 @@ from serve.flows.collections import CollectionFlow
 from serve.flows.context import Context
 from serve.flows.embed import EmbedFlow, EmbedRequest
 from serve.index.filters import parse
-from serve.ports import VectorIndex
+from serve.ports import Index
 from serve.records import Caller, Collection, Hit, Vector
 
 
@@ -41,7 +41,7 @@ class SearchFlow:
         context: Context,
         collections: CollectionFlow,
         embed: EmbedFlow,
-        index: VectorIndex,
+        index: Index,
     ) -> None:
         self._settings = context.settings
         self._models = context.models
@@ -66,6 +66,10 @@ class SearchFlow:
         vector, tokens = await self._vector(caller, collection, request, request_id)
         hits = await self._index.query(collection.uuid, vector, request.top_k, where)
         return Found(hits, tokens)
+
+    async def count(self, collection: Collection) -> int:
+        """Records of a collection."""
+        return (await self._index.stats(collection.uuid)).records
 
     async def _vector(
         self, caller: Caller, collection: Collection, request: SearchRequest, request_id: str

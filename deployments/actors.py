@@ -1,0 +1,117 @@
+"""The named actors: where they stand, how they start, hand over and leave.
+
+Only `start` makes them; everyone else looks them up (`deployments.handles`). A name contains the
+version and a hash of the settings, because Ray never loads a new class into a living detached
+actor: a new deployment starts a new one and asks the old one to leave.
+"""
+
+import asyncio
+import hashlib
+import importlib.metadata
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import ray
+import ray.actor
+import ray.exceptions
+import ray.serve
+import ray.util
+
+from serve.config import Settings
+
+
+log = logging.getLogger("headrace.actors")
+
+NAMESPACE = "headrace"
+STORE = "store"
+UPSERTER = "upserter"
+INGRESS_DEPLOYMENT = "ingress"
+
+LOOK_EVERY_S = 2.0
+"""How often an actor looks after itself and its application."""
+
+
+def name_of(role: str, settings: Settings) -> str:
+    """`store-0.1.0-1a2b3c4d`: one name per role, version and settings."""
+    version = importlib.metadata.version("headrace")
+    digest = hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:8]
+    return f"{role}-{version}-{digest}"
+
+
+def living(role: str) -> list[str]:
+    """Names of this role's actors. Blocks on the cluster's directory."""
+    named: list[dict[str, str]] = ray.util.list_named_actors(all_namespaces=True)
+    return [
+        one["name"]
+        for one in named
+        if one["namespace"] == NAMESPACE and one["name"].startswith(f"{role}-")
+    ]
+
+
+def start(role: str, actor: Any, settings: Settings) -> None:
+    """Make the role's actor unless it lives already; older ones are asked to leave first.
+
+    Blocks until it answers. Raises what its constructor raises.
+    """
+    name = name_of(role, settings)
+    for other in living(role):
+        if other != name:
+            retire(other, settings.actors.drain_s + LOOK_EVERY_S)
+    handle = actor.options(
+        name=name,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        max_restarts=-1,
+        max_task_retries=-1,
+        max_concurrency=1000,
+        num_cpus=0,
+    ).remote(settings, int(time.time() * 1e3))
+    ray.get(handle.ready.remote(), timeout=settings.store.lock_wait_s + 60)
+
+
+def retire(name: str, timeout_s: float) -> None:
+    """Ask an actor to finish and leave; one that does not answer is fenced out by its successor."""
+    try:
+        ray.get(ray.get_actor(name, NAMESPACE).retire.remote(), timeout=timeout_s)
+    except (ValueError, ray.exceptions.RayError) as error:
+        log.info("%s left: %s", name, type(error).__name__)
+
+
+def leave() -> None:
+    """End the actor that calls this for good, although `max_restarts` is -1."""
+    ray.actor.exit_actor()  # type: ignore[no-untyped-call]
+
+
+def application_lives() -> bool:
+    """Whether some application of this cluster has our ingress. Blocks."""
+    applications = ray.serve.status().applications.values()
+    return any(INGRESS_DEPLOYMENT in application.deployments for application in applications)
+
+
+async def watch(
+    healthy: Callable[[], bool], retire: Callable[[], Awaitable[None]], *, grace_s: float
+) -> None:
+    """End this actor when its work has failed (Ray restarts it) or its application is gone.
+
+    The grace must be longer than a redeploy. Nobody awaits this task, hence it never raises.
+    """
+    seen = time.monotonic()
+    while True:
+        await asyncio.sleep(LOOK_EVERY_S)
+        if not healthy():
+            log.error("the actor's work has failed; restarting")
+            os._exit(1)
+        try:
+            lives = await asyncio.to_thread(application_lives)
+        except Exception as error:  # noqa: BLE001  a named rim: the controller may be restarting
+            log.warning("cannot ask for the application: %r", error)
+            continue
+        if lives:
+            seen = time.monotonic()
+        elif time.monotonic() - seen > grace_s:
+            log.warning("the application is gone; leaving")
+            await retire()

@@ -1,0 +1,48 @@
+"""The Store's owner as a named actor: the one process that opens the SQLite file."""
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from deployments.actors import leave, watch
+from serve.config import Settings
+from serve.errors import Internal
+from serve.jobs.owner import StoreOwner
+from serve.ports import Collections, Documents, Fence, Keys
+
+
+CALLS = frozenset(
+    name for port in (Keys, Collections, Documents, Fence) for name in vars(port) if name[0] != "_"
+)
+"""The methods of the Store's ports: what `call` may call."""
+
+
+@ray.remote
+class StoreActor:
+    """Holds the only connection. Everything it acknowledged is committed."""
+
+    async def __init__(self, settings: Settings, _deploy_seq: int) -> None:  # type: ignore[misc]
+        """Open the file, waiting for a predecessor's lock. `settings.data_dir` is absolute."""
+        path = Path(settings.data_dir) / settings.store.path
+        self._owner = await asyncio.to_thread(StoreOwner, path, settings.store, time.time)
+        self._watch = asyncio.create_task(
+            watch(lambda: self._owner.healthy, self.retire, grace_s=settings.actors.orphan_grace_s)
+        )
+
+    async def ready(self) -> bool:
+        """Whether it can commit."""
+        return self._owner.healthy
+
+    async def call(self, method: str, *args: Any) -> Any:
+        """One method of the ports. Raises ServiceError."""
+        if method not in CALLS:
+            raise Internal(f"The Store has no method {method!r}.")
+        return await getattr(self._owner, method)(*args)
+
+    async def retire(self) -> None:
+        """Finish what is queued, release the lock and end for good."""
+        await asyncio.to_thread(self._owner.close)
+        leave()

@@ -1,0 +1,87 @@
+"""The single writer of the index, as a named actor around `serve.index.writer`."""
+
+import asyncio
+import logging
+import os
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import ray
+
+from deployments.actors import UPSERTER, leave, watch
+from deployments.handles import StorePort
+from serve.config import Settings
+from serve.errors import Fenced
+from serve.index.lancedb import LanceIndex
+from serve.index.writer import Writer
+from serve.records import CollectionSpec, Outcome, Write
+
+
+log = logging.getLogger("headrace.upserter")
+
+
+@ray.remote
+class UpserterActor:
+    """Buffers writes and lands them in bulk. Its memory is a cache: callers repeat after a kill."""
+
+    async def __init__(self, settings: Settings, deploy_seq: int) -> None:  # type: ignore[misc]
+        """Take the epoch, open and warm the index, drop what was deleted but not yet gone."""
+        self._settings = settings
+        store = StorePort(settings)
+        try:
+            epoch = await store.take_epoch(UPSERTER, deploy_seq)
+        except Fenced:
+            log.warning("a later deployment writes; leaving")
+            leave()
+        index = LanceIndex(str(Path(settings.data_dir) / settings.index.uri), settings.index)
+        for gone in await store.deleted_collections():
+            await index.drop(gone.uuid)
+            await store.purge_collection(gone.uuid)
+        self._writer = Writer(
+            index,
+            store,
+            name=UPSERTER,
+            epoch=epoch,
+            settings=settings.buffer,
+            clock=time.monotonic,
+            rng=random.Random(),  # noqa: S311  jitter, not a secret
+        )
+        self._running = asyncio.create_task(self._writer.run())
+        self._watch = asyncio.create_task(
+            watch(self._healthy, self.retire, grace_s=settings.actors.orphan_grace_s)
+        )
+
+    def _healthy(self) -> bool:
+        if self._writer.fenced:  # not to be restarted: a later deployment writes
+            log.warning("fenced; leaving")
+            os._exit(0)
+        return not self._running.done()
+
+    async def ready(self) -> bool:
+        """Whether it takes offers."""
+        return not self._running.done() and not self._writer.fenced
+
+    async def offer(
+        self, ns: str, writes: Sequence[Write], deadline_s: float
+    ) -> tuple[Outcome, ...]:
+        """See `serve.ports.Upserter`."""
+        return await self._writer.offer(ns, writes, deadline_s)
+
+    async def ensure(self, spec: CollectionSpec) -> None:
+        """See `serve.ports.Upserter`."""
+        await self._writer.ensure(spec)
+
+    async def drop(self, ns: str) -> None:
+        """See `serve.ports.Upserter`."""
+        await self._writer.drop(ns)
+
+    async def stats(self) -> dict[str, float]:
+        """Depth, age and counts of the buffer."""
+        return dict(self._writer.stats())
+
+    async def retire(self) -> None:
+        """Flush, release the rest and end for good."""
+        await self._writer.drain(self._settings.actors.drain_s)
+        leave()

@@ -1,0 +1,1 @@
+"""HTTP: translation between the wire and the flows, and nothing else."""

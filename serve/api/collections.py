@@ -1,0 +1,63 @@
+"""`/v1/collections`: make, list, show, remove."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
+
+from serve.api.service import Served, Who
+from serve.api.wire import Body, documented, read, reply
+from serve.records import Collection
+
+
+router = APIRouter()
+
+
+class CollectionBody(Body):
+    """A new collection."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+    model: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+
+
+@router.post("/v1/collections", status_code=201, openapi_extra=documented(CollectionBody))
+async def create_collection(request: Request, service: Served, who: Who) -> Response:
+    """Make a collection; it keeps one model revision for life."""
+    body = await read(request, CollectionBody)
+    made = await service.collections.create(who, body.name, body.model)
+    return reply(shown(made), 201, {"location": f"/v1/collections/{made.name}"})
+
+
+@router.get("/v1/collections")
+async def list_collections(service: Served, who: Who) -> Response:
+    """The caller's collections, by name."""
+    mine = await service.collections.list(who)
+    return reply({"object": "list", "data": [shown(collection) for collection in mine]})
+
+
+@router.get("/v1/collections/{name}")
+async def one_collection(name: str, service: Served, who: Who) -> Response:
+    """One collection, with the number of records in it."""
+    collection = await service.collections.find(who, name)
+    records = await service.search.count(collection)
+    return reply({**shown(collection), "records": records})
+
+
+@router.delete("/v1/collections/{name}")
+async def delete_collection(name: str, service: Served, who: Who) -> Response:
+    """Remove a collection with everything in it."""
+    gone = await service.collections.delete(who, name)
+    return reply({"object": "collection", "name": gone.name, "deleted": True})
+
+
+def shown(collection: Collection) -> dict[str, Any]:
+    """A collection on the wire."""
+    return {
+        "object": "collection",
+        "id": collection.uuid,
+        "name": collection.name,
+        "model": collection.model,
+        "revision": collection.revision,
+        "dimensions": collection.dimensions,
+        "created": int(collection.created_at),
+    }

@@ -1,0 +1,82 @@
+"""`/v1/collections/{name}/documents`: write and delete."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
+
+from serve.api.problems import problem_body
+from serve.api.service import RequestId, Served, Who
+from serve.api.wire import Body, documented, read, reply
+from serve.content.documents import Document
+from serve.errors import BadInput
+from serve.flows.ingest import DocumentResult
+
+
+router = APIRouter()
+
+
+class DocumentBody(Body):
+    """One document. `metadata` is a flat object of strings, numbers, booleans, string lists."""
+
+    id: str
+    text: str
+    metadata: dict[str, Any] = Field(default_factory=dict)
+
+
+class DocumentsBody(Body):
+    """Documents to write: a document of the same id is replaced."""
+
+    documents: Annotated[list[DocumentBody], Field(min_length=1)]
+
+
+class DeleteBody(Body):
+    """Ids of documents to delete."""
+
+    ids: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+
+
+@router.post("/v1/collections/{name}/documents", openapi_extra=documented(DocumentsBody))
+async def write_documents(
+    name: str, request: Request, service: Served, who: Who, request_id: RequestId
+) -> Response:
+    """Chunk, embed and index documents; answered when they can be searched.
+
+    200 when all were written, 207 when some failed: each document has its own status.
+    """
+    request.state.klass = "bulk"
+    body = await read(request, DocumentsBody)
+    documents = [Document(one.id, one.text, one.metadata) for one in body.documents]
+    results = await service.ingest.write(who, name, documents, request_id)
+    failed = sum(result.status == "failed" for result in results)
+    answer = {
+        "object": "list",
+        "data": [_shown(result) for result in results],
+        "failed": failed,
+        "usage": {"total_tokens": sum(result.tokens for result in results)},
+    }
+    return reply(answer, 207 if failed else 200)
+
+
+@router.delete("/v1/collections/{name}/documents", openapi_extra=documented(DeleteBody))
+async def delete_documents(name: str, request: Request, service: Served, who: Who) -> Response:
+    """Delete documents by id; one that does not exist is `absent`."""
+    request.state.klass = "bulk"
+    body = await read(request, DeleteBody)
+    ids_max = service.context.settings.limits.documents_max
+    if len(body.ids) > ids_max:
+        raise BadInput(f"At most {ids_max} ids are allowed.", param="ids")
+    results = await service.ingest.delete(who, name, list(dict.fromkeys(body.ids)))
+    return reply({"object": "list", "data": [_shown(result) for result in results]})
+
+
+def _shown(result: DocumentResult) -> dict[str, Any]:
+    shown: dict[str, Any] = {
+        "id": result.document,
+        "status": result.status,
+        "generation": result.generation,
+        "chunks": result.chunks,
+    }
+    if result.error is not None:
+        shown["error"] = problem_body(result.error, "")
+    return shown

@@ -1,0 +1,40 @@
+"""`GET /v1/models` and `GET /v1/models/{id}`, as OpenAI has them."""
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+
+from serve.api.service import Served, Who
+from serve.api.wire import reply
+from serve.flows import models
+
+
+router = APIRouter()
+
+
+@router.get("/v1/models")
+async def list_models(service: Served, _who: Who) -> Response:
+    """Every served model."""
+    data = [_shown(served) for served in service.context.models]
+    return reply({"object": "list", "data": data})
+
+
+@router.get("/v1/models/{model_id:path}")
+async def one_model(model_id: str, service: Served, _who: Who) -> Response:
+    """One model; ids may contain slashes."""
+    return reply(_shown(service.context.models.find(model_id)))
+
+
+def _shown(served: models.Served) -> dict[str, Any]:
+    """OpenAI's four fields, and ours: what a client must know to use it."""
+    model = served.model
+    return {
+        "id": model.id,
+        "object": "model",
+        "created": model.created,
+        "owned_by": model.owned_by,
+        "dimensions": model.dimensions,
+        "max_tokens": served.tokens_max,
+        "matryoshka": model.matryoshka,
+        "revision": served.revision,
+    }

@@ -1,0 +1,113 @@
+"""One table from our errors to HTTP: OpenAI's error object on OpenAI's routes, RFC 9457 on ours."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from fastapi import Response
+
+from serve.errors import (
+    BadInput,
+    Conflict,
+    DeadlineExceeded,
+    Fenced,
+    Forbidden,
+    IndexUnavailable,
+    Internal,
+    ModelUnavailable,
+    NotFound,
+    Overloaded,
+    PoisonInput,
+    QuotaExceeded,
+    ServiceError,
+    StoreUnavailable,
+    TooLarge,
+    Unauthorized,
+)
+
+
+IANA = "https://iana.org/assignments/http-problem-types"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """How one class of errors looks: `kind` is OpenAI's `type`, `title` and `uri` RFC 9457's."""
+
+    kind: str
+    title: str
+    uri: str = "about:blank"
+
+
+TABLE: dict[type[ServiceError], Row] = {
+    BadInput: Row("invalid_request_error", "The request is not valid"),
+    Unauthorized: Row("invalid_request_error", "The key is missing or not valid"),
+    Forbidden: Row("invalid_request_error", "Not allowed"),
+    NotFound: Row("invalid_request_error", "Not found"),
+    Conflict: Row("invalid_request_error", "It exists already"),
+    TooLarge: Row("invalid_request_error", "The body is too large"),
+    PoisonInput: Row("invalid_request_error", "An input cannot be embedded"),
+    QuotaExceeded: Row("rate_limit_exceeded", "Quota exceeded", f"{IANA}#quota-exceeded"),
+    Overloaded: Row("server_error", "Overloaded", f"{IANA}#temporary-reduced-capacity"),
+    ModelUnavailable: Row("server_error", "The model is not available"),
+    IndexUnavailable: Row("server_error", "The index is not available"),
+    StoreUnavailable: Row("server_error", "The store is not available"),
+    DeadlineExceeded: Row("server_error", "The deadline passed"),
+    Fenced: Row("server_error", "Another writer took over"),
+    Internal: Row("server_error", "Internal error"),
+}
+
+OPENAI_PATHS = ("/v1/embeddings", "/v1/models")
+
+
+def openai_body(error: ServiceError) -> dict[str, Any]:
+    """OpenAI's error object: always all four keys.
+
+    As at OpenAI, a 429 has the code `rate_limit_exceeded` and its type names the dimension.
+    """
+    kind, code = TABLE[type(error)].kind, error.code
+    if isinstance(error, QuotaExceeded):
+        kind, code = error.code, QuotaExceeded.code
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": code}}
+
+
+def problem_body(error: ServiceError, path: str) -> dict[str, Any]:
+    """RFC 9457 problem details; `code` and `param` are ours, `violated-policies` the IETF's."""
+    row = TABLE[type(error)]
+    body: dict[str, Any] = {
+        "type": row.uri,
+        "title": row.title,
+        "status": error.status,
+        "detail": error.message,
+        "instance": path,
+        "code": error.code,
+    }
+    if error.param is not None:
+        body["param"] = error.param
+    if isinstance(error, QuotaExceeded):
+        body["violated-policies"] = [error.code]
+    return body
+
+
+def retry_headers(error: ServiceError) -> dict[str, str]:
+    """`Retry-After` in whole seconds, rounded up, and its exact twin in milliseconds."""
+    if error.retry_after_s is not None:
+        return {
+            "retry-after": str(math.ceil(error.retry_after_s)),
+            "retry-after-ms": str(math.ceil(error.retry_after_s * 1e3)),
+        }
+    if isinstance(error, QuotaExceeded):
+        return {"x-should-retry": "false"}
+    return {}
+
+
+def respond(error: ServiceError, path: str) -> Response:
+    """The reply for a failure on a route."""
+    headers = retry_headers(error)
+    if isinstance(error, Unauthorized):
+        headers["www-authenticate"] = "Bearer"
+    if path.startswith(OPENAI_PATHS):
+        body, media = openai_body(error), "application/json"
+    else:
+        body, media = problem_body(error, path), "application/problem+json"
+    return Response(orjson.dumps(body), error.status, headers, media)

@@ -1,0 +1,59 @@
+"""`POST /v1/collections/{name}/search`."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
+
+from serve.api.service import RequestId, Served, Who
+from serve.api.wire import Body, documented, read, reply
+from serve.errors import BadInput
+from serve.flows.search import SearchRequest
+from serve.records import Hit
+
+
+router = APIRouter()
+
+
+class SearchBody(Body):
+    """What to look for: exactly one of `text` and `vector`.
+
+    `filter` is Mongo-like: `{"year": {"$gte": 1990}, "kind": "entry"}`.
+    """
+
+    text: Annotated[str, Field(min_length=1)] | None = None
+    vector: Annotated[list[float], Field(min_length=1, max_length=100_000)] | None = None
+    top_k: int = 10
+    filter: dict[str, Any] | None = None
+
+
+@router.post("/v1/collections/{name}/search", openapi_extra=documented(SearchBody))
+async def search(
+    name: str, request: Request, service: Served, who: Who, request_id: RequestId
+) -> Response:
+    """The nearest chunks, best first, with score, text and offsets."""
+    body = await read(request, SearchBody)
+    if (body.text is None) == (body.vector is None):
+        raise BadInput("Send exactly one of text and vector.", param="text")
+    wanted = SearchRequest(body.text, body.vector, body.top_k, body.filter)
+    found = await service.search.search(who, name, wanted, request_id)
+    return reply(
+        {
+            "object": "list",
+            "data": [_shown(hit) for hit in found.hits],
+            "usage": {"prompt_tokens": found.tokens, "total_tokens": found.tokens},
+        }
+    )
+
+
+def _shown(hit: Hit) -> dict[str, Any]:
+    record = hit.record
+    return {
+        "document": record.document,
+        "score": hit.score,
+        "chunk": record.ordinal,
+        "text": record.text,
+        "start": record.start,
+        "end": record.end,
+        "metadata": dict(record.metadata),
+    }

@@ -1,0 +1,91 @@
+"""Reading bodies, writing replies: what all routes share."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import orjson
+from fastapi import Request, Response
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from serve.admission.quotas import Rate
+from serve.errors import BadInput
+
+
+M = TypeVar("M", bound=BaseModel)
+
+DETAIL_CHARS_MAX = 300
+"""Of a validation message: it may quote what was sent."""
+
+
+class Body(BaseModel):
+    """A request body of our own routes: unknown fields are refused, so a typo is seen."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+async def read_json(request: Request) -> dict[str, Any]:
+    """The body as a JSON object. Raises BadInput (also for bad UTF-8, NaN, lone surrogates)."""
+    raw = await request.body()
+    try:
+        value = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise BadInput(f"The body is not valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise BadInput("The body must be a JSON object.", code="invalid_json")
+    return value
+
+
+async def read(request: Request, model: type[M]) -> M:
+    """The body as `model`. Raises BadInput that names the first field at fault."""
+    value = await read_json(request)
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise BadInput(
+            f"{path(first['loc'])}: {first['msg']}"[:DETAIL_CHARS_MAX], param=path(first["loc"])
+        ) from None
+
+
+def path(loc: Sequence[int | str]) -> str:
+    """`("documents", 3, "text")` as `documents[3].text`."""
+    text = ""
+    for part in loc:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text or "body"
+
+
+def reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """JSON by orjson, numpy arrays included: 15 times cheaper than lists through pydantic."""
+    content = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+    return Response(content, status, dict(headers or {}), "application/json")
+
+
+def duration(seconds: float) -> str:
+    """A duration as OpenAI writes it: `12ms`, `1s`, `6m0s`, `1h2m3s`."""
+    ms = round(seconds * 1e3)
+    if ms < 1000:  # noqa: PLR2004  a second
+        return f"{ms}ms"
+    whole = -(-ms // 1000)
+    hours, rest = divmod(whole, 3600)
+    minutes, secs = divmod(rest, 60)
+    if hours:
+        return f"{hours}h{minutes}m{secs}s"
+    return f"{minutes}m{secs}s" if minutes else f"{secs}s"
+
+
+def rate_headers(rates: Mapping[str, Rate]) -> dict[str, str]:
+    """OpenAI's `x-ratelimit-*`."""
+    headers: dict[str, str] = {}
+    for word, rate in rates.items():
+        headers[f"x-ratelimit-limit-{word}"] = str(rate.limit)
+        headers[f"x-ratelimit-remaining-{word}"] = str(rate.remaining)
+        headers[f"x-ratelimit-reset-{word}"] = duration(rate.reset_s)
+    return headers
+
+
+def documented(model: type[BaseModel]) -> dict[str, Any]:
+    """`openapi_extra` of a route that reads its body itself."""
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

@@ -1,0 +1,33 @@
+"""What an engine returned, checked before anyone trusts it."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from serve.errors import Internal
+from serve.ports import Engine
+from serve.records import Input, Vector
+
+
+NORM_ERROR_MAX = 1e-3
+"""Float32 leaves about 1e-6; more means that the engine forgot to normalise."""
+
+
+def checked(engine: Engine, batch: Sequence[Input]) -> tuple[Vector, frozenset[int]]:
+    """Run a batch; the vectors, and the rows that hold no usable vector (zeroed).
+
+    A row is unusable when it is not finite or not of unit length. Raises Internal when the engine
+    broke its contract for the whole batch (rows, dimensions, dtype), and whatever it raises.
+    """
+    vectors = engine.forward(batch)
+    wanted = (len(batch), engine.dimensions)
+    if vectors.shape != wanted or vectors.dtype != np.float32:
+        raise Internal(
+            f"The engine returned {vectors.dtype} {vectors.shape} instead of float32 {wanted}."
+        )
+    norms = np.linalg.norm(vectors, axis=1)
+    bad = np.flatnonzero(~(np.abs(norms - 1) <= NORM_ERROR_MAX))  # NaN compares as false
+    if bad.size:
+        vectors = vectors.copy()
+        vectors[bad] = 0
+    return vectors, frozenset(bad.tolist())

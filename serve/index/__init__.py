@@ -1,0 +1,1 @@
+"""Vectors to the index: buffer, writer and backends."""

@@ -1,0 +1,313 @@
+"""The default backend: one LanceDB table per namespace, in a folder or an object store.
+
+One process writes; any number read, and see a write as soon as it returned
+(`read_consistency_interval=0`). Traps this file steps around:
+
+- `use_index(False)`: with a scalar index two writers make silent duplicates (lancedb#3377).
+- Small commits rot a table: 300 single upserts made an upsert 4 times and a query 7 times slower.
+  `maintain` compacts by the number of commits.
+- Compaction removes old versions, so a reader may meet "Not found": it opens the table afresh,
+  once.
+- Writes and compaction of one table exclude each other here: a commit conflict would starve one.
+
+A missing table reads as empty (the Store knows whether a collection exists), deletes nothing, and
+makes an upsert retryable: by the next flush the table is there, or the Store says `superseded`.
+"""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from logging import getLogger
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
+
+import lancedb
+import numpy as np
+
+from serve.config import Index as IndexSettings
+from serve.errors import BadInput, IndexUnavailable
+from serve.index.checks import RECORD_ID, check_namespace, check_query, newest, refuse
+from serve.index.errors import IndexOffline, IndexRetryable, RecordsRejected
+from serve.index.rows import COLUMNS, from_arrow, schema_of, to_arrow
+from serve.index.terms import to_sql
+from serve.ports import Capabilities, IndexStats, Landed
+from serve.records import CollectionSpec, Filter, Hit, Record, Tombstone, Vector
+
+
+log = getLogger("headrace.index")
+
+T = TypeVar("T")
+
+IDS_PER_STATEMENT = 1000
+"""Ids of one `IN` or one `DELETE`; 1,000 generations in one `DELETE` took 0.15 s, 4,000 1.2 s."""
+
+TOP_K_MAX = 10_000
+RETRY_AFTER_S = 1.0
+NEWER = "target.generation <= source.generation"
+MISSING = ("Not found", "was not found")
+OFFLINE = ("Unable to create", "No space left", "Permission denied", "Read-only file system")
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    table: lancedb.AsyncTable
+    dimensions: int
+
+
+class LanceIndex:
+    """Implements `serve.ports.Index`. Connects on first use; `uri` is a folder or a bucket's URI.
+
+    Write calls raise the errors of `serve.index.errors`, read calls `IndexUnavailable`.
+    """
+
+    def __init__(self, uri: str, settings: IndexSettings) -> None:
+        self.caps = Capabilities(
+            max_items=settings.max_items,
+            max_bytes=settings.max_bytes,
+            max_dim=settings.max_dim,
+            max_top_k=TOP_K_MAX,
+            consistency="strong",
+            single_writer=True,
+        )
+        self._uri = uri
+        self._settings = settings
+        self._connection: lancedb.AsyncConnection | None = None
+        self._connecting = asyncio.Lock()
+        self._tables: OrderedDict[str, _Open] = OrderedDict()
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._commits: dict[str, int] = {}
+
+    async def open(self) -> None:
+        """Connect now instead of on first use. Raises IndexUnavailable."""
+        async with _reading():
+            await self._database()
+
+    async def upsert(self, ns: str, records: Sequence[Record]) -> Landed:
+        """One commit. A record of lower generation than the one held is skipped."""
+        check_namespace(ns)
+        async with self._lock(ns), self._writing(ns):
+            opened = await self._open(ns)
+            if opened is None:
+                raise IndexRetryable(f"table {ns} is missing", retry_after_s=RETRY_AFTER_S)
+            rejected = refuse(records, opened.dimensions)
+            refused = {record_id for record_id, _ in rejected}
+            rows = newest([record for record in records if record.id not in refused])
+            if rows:
+                merge = opened.table.merge_insert("id").use_index(use_index=False)
+                merge = merge.when_matched_update_all(where=NEWER).when_not_matched_insert_all()
+                await merge.execute(to_arrow(rows, opened.dimensions))
+                await self._committed(ns, opened)
+        return Landed(rejected=rejected)
+
+    async def delete(self, ns: str, tombstones: Sequence[Tombstone]) -> Landed:
+        """One commit per 1,000 tombstones."""
+        check_namespace(ns)
+        rows = newest([row for row in tombstones if RECORD_ID.fullmatch(row.id)])
+        async with self._lock(ns), self._writing(ns):
+            opened = await self._open(ns)
+            for start in range(0, len(rows) if opened else 0, IDS_PER_STATEMENT):
+                if opened is not None:
+                    await opened.table.delete(_guarded(rows[start : start + IDS_PER_STATEMENT]))
+                    await self._committed(ns, opened)
+        return Landed()
+
+    async def query(
+        self, ns: str, vector: Vector, top_k: int, where: Filter | None = None
+    ) -> Sequence[Hit]:
+        """Exact: a filter is applied before the vectors are compared, so none is missed.
+
+        Equal scores are sorted by id, but which of them is the last of `top_k` is not defined.
+        Raises BadInput (vector), IndexUnavailable.
+        """
+        check_namespace(ns)
+
+        async def ask(opened: _Open) -> Sequence[Hit]:
+            check_query(vector, opened.dimensions)
+            search = opened.table.query().nearest_to(np.asarray(vector, np.float32))
+            search = search.distance_type("cosine").limit(min(top_k, TOP_K_MAX))
+            if where is not None:
+                search = search.where(to_sql(where))
+            found = await search.select([*COLUMNS, "_distance"]).to_arrow()
+            scores = (1.0 - found["_distance"].to_numpy()).tolist()
+            hits = [
+                Hit(record, min(1.0, max(-1.0, score)))
+                for record, score in zip(from_arrow(found), scores, strict=True)
+            ]
+            return sorted(hits, key=lambda hit: (-hit.score, hit.record.id))
+
+        return await self._read(ns, ask, ())
+
+    async def fetch(self, ns: str, ids: Sequence[str]) -> Sequence[Record]:
+        """The records that exist among `ids`."""
+        check_namespace(ns)
+        wanted = [record_id for record_id in dict.fromkeys(ids) if RECORD_ID.fullmatch(record_id)]
+
+        async def ask(opened: _Open) -> Sequence[Record]:
+            records: list[Record] = []
+            for start in range(0, len(wanted), IDS_PER_STATEMENT):
+                some = _in_ids(wanted[start : start + IDS_PER_STATEMENT])
+                found = await opened.table.query().where(some).select(list(COLUMNS)).to_arrow()
+                records += from_arrow(found)
+            return records
+
+        return await self._read(ns, ask, ())
+
+    async def ensure(self, spec: CollectionSpec) -> None:
+        """Make the table. Raises BadInput when it has too many dimensions."""
+        check_namespace(spec.ns)
+        if not 1 <= spec.dimensions <= self.caps.max_dim:
+            raise BadInput(f"1 to {self.caps.max_dim} dimensions.", param="dimensions")
+        async with self._lock(spec.ns), self._writing(spec.ns):
+            if await self._open(spec.ns) is None:
+                schema = schema_of(spec.dimensions)
+                database = await self._database()
+                await database.create_table(spec.ns, schema=schema, exist_ok=True)
+
+    async def drop(self, ns: str) -> None:
+        """Remove the table and its files."""
+        check_namespace(ns)
+        async with self._lock(ns), self._writing(ns):
+            self._forget(ns)
+            self._commits.pop(ns, None)
+            database = await self._database()
+            try:
+                await database.drop_table(ns)
+            except ValueError as error:
+                if not _says(error, MISSING):
+                    raise
+
+    async def stats(self, ns: str) -> IndexStats:
+        """Count the rows."""
+        check_namespace(ns)
+
+        async def ask(opened: _Open) -> IndexStats:
+            return IndexStats(records=await opened.table.count_rows())
+
+        return await self._read(ns, ask, IndexStats(records=0))
+
+    async def maintain(self) -> None:
+        """Compact tables with `compact_commits` or more commits; remove versions that are old.
+
+        A conflict is not an error: the table is tried again after half as many commits.
+        """
+        limit = self._settings.compact_commits
+        keep = timedelta(seconds=self._settings.keep_versions_s)
+        for ns in [ns for ns, commits in self._commits.items() if commits >= limit]:
+            async with self._lock(ns), self._writing(ns):
+                opened = await self._open(ns)
+                self._commits[ns] = 0
+                try:
+                    if opened is not None:
+                        await opened.table.optimize(cleanup_older_than=keep)
+                except (RuntimeError, OSError) as error:
+                    self._commits[ns] = limit // 2
+                    log.warning("compaction of %s is put off: %s", ns, error)
+
+    async def aclose(self) -> None:
+        """Close the tables and the connection; a later call would connect again."""
+        while self._tables:
+            self._tables.popitem()[1].table.close()  # type: ignore[no-untyped-call]
+        if self._connection is not None:
+            self._connection.close()  # type: ignore[no-untyped-call]
+            self._connection = None
+
+    async def _database(self) -> lancedb.AsyncConnection:
+        async with self._connecting:
+            if self._connection is None:
+                self._connection = await lancedb.connect_async(
+                    self._uri, read_consistency_interval=timedelta(0)
+                )
+            return self._connection
+
+    async def _open(self, ns: str) -> _Open | None:
+        opened = self._tables.get(ns)
+        if opened is None:
+            database = await self._database()
+            try:
+                table = await database.open_table(ns)
+            except ValueError as error:
+                if _says(error, MISSING):
+                    return None
+                raise
+            schema = await table.schema()
+            opened = _Open(table, schema.field("vector").type.list_size)
+            self._tables[ns] = opened
+        self._tables.move_to_end(ns)
+        # An evicted table is only forgotten: a query that still runs holds it and closes it.
+        while len(self._tables) > self._settings.tables_open_max:
+            self._tables.popitem(last=False)
+        return opened
+
+    def _forget(self, ns: str) -> None:
+        self._tables.pop(ns, None)
+
+    def _lock(self, ns: str) -> asyncio.Lock:
+        lock = self._locks.get(ns)
+        if lock is None:
+            lock = self._locks[ns] = asyncio.Lock()
+        return lock
+
+    async def _committed(self, ns: str, opened: _Open) -> None:
+        if ns not in self._commits:
+            # What an earlier process left uncompacted counts too.
+            stats: dict[str, Any] = await opened.table.stats()  # type: ignore[assignment]
+            self._commits[ns] = int(stats["fragment_stats"]["num_small_fragments"])
+        self._commits[ns] += 1
+
+    async def _read(self, ns: str, ask: Callable[[_Open], Awaitable[T]], missing: T) -> T:
+        async with _reading():
+            opened = await self._open(ns)
+            if opened is None:
+                return missing
+            try:
+                return await ask(opened)
+            except (RuntimeError, OSError) as error:
+                if not _says(error, MISSING):
+                    raise
+            # Compacted or dropped under this handle: opening afresh tells which.
+            self._forget(ns)
+            opened = await self._open(ns)
+            return missing if opened is None else await ask(opened)
+
+    @asynccontextmanager
+    async def _writing(self, ns: str) -> AsyncIterator[None]:
+        """Turns what Lance raises into what the buffer decides on."""
+        try:
+            yield
+        except (RuntimeError, OSError) as error:
+            self._forget(ns)
+            if _says(error, OFFLINE):
+                raise IndexOffline(str(error)) from error
+            raise IndexRetryable(str(error), retry_after_s=RETRY_AFTER_S) from error
+        except (ValueError, TypeError, OverflowError) as error:
+            raise RecordsRejected(str(error)) from error
+
+
+@asynccontextmanager
+async def _reading() -> AsyncIterator[None]:
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        raise IndexUnavailable("The index cannot be read.", retry_after_s=1) from error
+
+
+def _says(error: Exception, words: Iterable[str]) -> bool:
+    # Lance raises RuntimeError and ValueError for everything: only the text tells.
+    return any(word in str(error) for word in words)
+
+
+def _in_ids(ids: Iterable[str]) -> str:
+    # Every id here passed RECORD_ID: letters, digits, '-' and '_' need no quoting.
+    listed = ", ".join(f"'{record_id}'" for record_id in ids)
+    return f"id IN ({listed})"
+
+
+def _guarded(tombstones: Iterable[Tombstone]) -> str:
+    generations: dict[int, list[str]] = {}
+    for tombstone in tombstones:
+        generations.setdefault(int(tombstone.generation), []).append(tombstone.id)
+    groups = [f"(generation <= {g} AND {_in_ids(ids)})" for g, ids in generations.items()]
+    return " OR ".join(groups)

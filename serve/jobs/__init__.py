@@ -1,0 +1,1 @@
+"""The Store: everything that must outlive a process, in SQL."""

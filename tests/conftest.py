@@ -1,0 +1,44 @@
+"""What every test can count on: a known environment, frozen time, seeded chance, no network."""
+
+import os
+import random
+
+import pytest
+
+
+# Before the first import of a test: Hugging Face and Ray read these when they are imported.
+for _name in [name for name in os.environ if name.startswith("HEADRACE_")]:
+    del os.environ[_name]
+os.environ["RAY_AUTH_MODE"] = "disabled"  # Ray 2.60 starts with token authentication on
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+class FrozenClock:
+    """Time that passes only when a test says so."""
+
+    def __init__(self, now: float = 1000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock() -> FrozenClock:
+    return FrozenClock()
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    return random.Random(20260101)  # noqa: S311 - not a secret
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Ray speaks over the machine's own address; the other tiers reach 127.0.0.1 only."""
+    for item in items:
+        if item.get_closest_marker("ray") or item.get_closest_marker("e2e"):
+            item.add_marker(pytest.mark.enable_socket)

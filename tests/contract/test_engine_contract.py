@@ -1,0 +1,185 @@
+"""What every engine promises (`ports.Engine`), over the simulated and the real one."""
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from serve.config import Model, Settings
+from serve.embedding.fake import FakeEngine
+from serve.embedding.files import model_folder
+from serve.embedding.guard import checked
+from serve.embedding.tokenizer import Tokenizer
+from serve.errors import BadInput, ModelUnavailable
+from serve.ports import Engine
+from serve.records import Input
+
+
+MINILM = Settings().pools[0].models[0]
+FAKE = Model(id="fake", engine="fake", dimensions=64, tokens_max=256)
+
+TEXTS = [
+    "How do I reset my password?",
+    "A headrace is the channel that holds water back and feeds it evenly to the turbines.",
+    "x",
+    "Der Fluss führt im Frühling mehr Wasser als im Sommer.",
+    "春天的河水比夏天多。",
+    "👍🏽 emoji, punctuation -- and numbers 3.14159!",
+    "The quick brown fox jumps over the lazy dog. " * 18,
+    "How can I change my password?",
+]
+
+
+class Subject:
+    """An engine with what a test must know of it."""
+
+    def __init__(self, model: Model, engine: Engine) -> None:
+        self.model = model
+        self.engine = engine
+        self.tokenizer = Tokenizer.open(model)
+
+    def inputs(self, texts: list[str]) -> list[Input]:
+        limit = self.model.tokens_max
+        rows = self.tokenizer.encode(texts)
+        return [Input(ids=self.tokenizer.truncate(row, limit)) for row in rows]
+
+
+@pytest.fixture(scope="module", params=["fake", "sentence_transformers"])
+def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
+    if request.param == "fake":
+        found = Subject(FAKE, FakeEngine(FAKE))
+    else:
+        found = Subject(MINILM, _minilm(MINILM))
+    yield found
+    found.engine.close()
+
+
+def _minilm(model: Model) -> Engine:
+    from serve.embedding.sentence_transformers import SentenceTransformersEngine  # noqa: PLC0415
+
+    return SentenceTransformersEngine(model, model_folder(MINILM), device="cpu", threads=1)
+
+
+def test_rows_are_unit_float32_in_one_piece(subject: Subject) -> None:
+    vectors = subject.engine.forward(subject.inputs(TEXTS))
+    assert vectors.dtype == np.float32
+    assert vectors.shape == (len(TEXTS), subject.model.dimensions)
+    assert vectors.flags.c_contiguous
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert checked(subject.engine, subject.inputs(TEXTS))[1] == frozenset()
+
+
+def test_an_input_alone_equals_itself_in_a_mixed_batch(subject: Subject) -> None:
+    together = subject.engine.forward(subject.inputs(TEXTS))
+    for row, one in enumerate(subject.inputs(TEXTS)):
+        alone = subject.engine.forward([one])[0]
+        assert float(alone @ together[row]) > 0.9999
+
+
+def test_rows_are_in_the_order_of_the_inputs(subject: Subject) -> None:
+    there = subject.engine.forward(subject.inputs(TEXTS))
+    back = subject.engine.forward(subject.inputs(TEXTS[::-1]))
+    similar = there @ back[::-1].T
+    assert similar.argmax(axis=1).tolist() == list(range(len(TEXTS)))
+    assert similar.diagonal().min() > 0.9999
+
+
+def test_texts_that_share_words_are_nearer(subject: Subject) -> None:
+    vectors = subject.engine.forward(subject.inputs(TEXTS))
+    assert vectors[0] @ vectors[7] > vectors[0] @ vectors[1] + 0.2
+
+
+def test_an_empty_batch_gives_no_rows(subject: Subject) -> None:
+    vectors = subject.engine.forward([])
+    assert vectors.shape == (0, subject.model.dimensions)
+    assert vectors.dtype == np.float32
+
+
+def test_the_longest_input_is_read_to_its_end(subject: Subject) -> None:
+    limit = subject.model.tokens_max
+    first, second = subject.inputs(["word " * 400, "word " * 400])
+    assert first.ids is not None
+    assert second.ids is not None
+    assert len(first.ids) == limit
+    second.ids[limit - 2] = second.ids[limit - 3] + 1
+    vectors = subject.engine.forward([first, second])
+    assert not np.array_equal(vectors[0], vectors[1])
+
+
+def test_an_input_beyond_the_limit_is_refused_not_cut(subject: Subject) -> None:
+    ids = np.ones(subject.model.tokens_max + 1, np.int32)
+    with pytest.raises(BadInput, match="257 tokens"):
+        subject.engine.forward([Input(ids=ids)])
+
+
+def test_an_input_of_another_kind_is_refused(subject: Subject) -> None:
+    assert subject.engine.accepts == {"ids"}
+    with pytest.raises(BadInput, match="not text"):
+        subject.engine.forward([Input(text="hello")])
+
+
+def test_it_works_in_a_thread_that_is_not_the_one_that_made_it(subject: Subject) -> None:
+    here = subject.engine.forward(subject.inputs(TEXTS[:2]))
+    found: list[np.ndarray] = []
+    thread = threading.Thread(
+        target=lambda: found.append(subject.engine.forward(subject.inputs(TEXTS[:2])))
+    )
+    thread.start()
+    thread.join()
+    np.testing.assert_allclose(found[0], here, atol=1e-6)
+
+
+# --- only MiniLM ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reference() -> np.ndarray:
+    from sentence_transformers import SentenceTransformer  # noqa: PLC0415
+
+    model = SentenceTransformer(str(model_folder(MINILM)), device="cpu", local_files_only=True)
+    return np.asarray(model.encode(TEXTS, batch_size=3, normalize_embeddings=True))
+
+
+def test_minilm_equals_sentence_transformers_encode(reference: np.ndarray) -> None:
+    subject = Subject(MINILM, _minilm(MINILM))
+    vectors = subject.engine.forward(subject.inputs(TEXTS))
+    assert (vectors * reference).sum(axis=1).min() > 0.9999
+
+
+def test_padding_goes_to_the_side_the_model_was_trained_with() -> None:
+    engine = _minilm(MINILM)
+    batch = [Input(ids=np.array([101, 7, 102], np.int32)), Input(ids=np.array([5], np.int32))]
+    assert [part.tolist() for part in engine._padded(batch)] == [
+        [[101, 7, 102], [5, 0, 0]],
+        [[1, 1, 1], [1, 0, 0]],
+    ]
+    engine._pad_left = True
+    assert [part.tolist() for part in engine._padded(batch)] == [
+        [[101, 7, 102], [0, 0, 5]],
+        [[1, 1, 1], [0, 0, 1]],
+    ]
+
+
+def test_minilm_refuses_ids_beyond_its_table() -> None:
+    with pytest.raises(BadInput, match="30522"):
+        _minilm(MINILM).forward([Input(ids=np.array([101, 30522, 102], np.int32))])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dimensions": 512}, "384 dimensions, the settings say 512"),
+        ({"tokens_max": 512}, "reads 256 tokens, the settings say 512"),
+    ],
+)
+def test_settings_that_are_not_the_models_are_refused(change: dict[str, int], message: str) -> None:
+    with pytest.raises(ModelUnavailable, match=message):
+        _minilm(MINILM.model_copy(update=change))
+
+
+def test_a_folder_without_a_model_is_unavailable(tmp_path) -> None:
+    from serve.embedding.sentence_transformers import SentenceTransformersEngine  # noqa: PLC0415
+
+    with pytest.raises(ModelUnavailable, match="loading failed"):
+        SentenceTransformersEngine(MINILM, tmp_path, device="cpu", threads=1)

@@ -1,0 +1,126 @@
+"""Settings: strict, bounded, described."""
+
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from serve.config import Settings
+
+
+FAKE = {"id": "fake", "engine": "fake", "dimensions": 8, "tokens_max": 64}
+
+
+def _models(model: type[BaseModel], seen: set[type[BaseModel]]) -> Iterator[type[BaseModel]]:
+    if model in seen:
+        return
+    seen.add(model)
+    yield model
+    for field in model.model_fields.values():
+        for part in (field.annotation, *get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from _models(part, seen)
+
+
+SECTIONS = list(_models(Settings, set()))
+FIELDS = [(model, name) for model in SECTIONS for name in model.model_fields]
+
+
+def _where(raw: dict[str, Any]) -> str:
+    """The path of what pydantic finds wrong first."""
+    with pytest.raises(ValidationError) as caught:
+        Settings.model_validate(raw)
+    return ".".join(str(part) for part in caught.value.errors()[0]["loc"])
+
+
+def test_defaults_are_complete():
+    settings = Settings()
+    assert set(settings.admission.tiers) == {"free", "premium", "enterprise"}
+    assert "all-MiniLM-L6-v2" in settings.models
+
+
+def test_default_weights_are_sixteen_to_four_to_one():
+    tiers = Settings().admission.tiers
+    assert [tiers[name].weight for name in ("enterprise", "premium", "free")] == [16, 4, 1]
+
+
+@pytest.mark.parametrize("model", SECTIONS, ids=lambda model: model.__name__)
+def test_every_section_refuses_unknown_keys_and_changes(model):
+    assert model.model_config["extra"] == "forbid"
+    assert model.model_config["frozen"]
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), FIELDS, ids=[f"{model.__name__}.{name}" for model, name in FIELDS]
+)
+def test_every_field_is_described_and_bounded(model, name):
+    assert model.model_fields[name].description.endswith(".")
+    schema = model.model_json_schema()["properties"][name]
+    kind = schema.get("type")
+    if kind in ("integer", "number"):
+        assert {"minimum", "exclusiveMinimum"} & set(schema), "no lower bound"
+    if kind in ("integer", "number") and name != "created":
+        assert {"maximum", "exclusiveMaximum"} & set(schema), "no upper bound"
+    if kind == "array":
+        assert "maxItems" in schema
+
+
+@pytest.mark.parametrize(
+    ("raw", "where"),
+    [
+        ({"limts": {}}, "limts"),
+        ({"limits": {"inputs": 1}}, "limits.inputs"),
+        ({"limits": {"inputs_max": 0}}, "limits.inputs_max"),
+        ({"limits": {"inputs_max": "many"}}, "limits.inputs_max"),
+        ({"limits": {"interactive_deadline_s": float("nan")}}, "limits.interactive_deadline_s"),
+        ({"admission": {"tiers": {}}}, "admission.tiers"),
+        ({"admission": {"tiers": {"Free Tier": {}}}}, "admission.tiers.Free Tier.[key]"),
+        ({"pools": []}, "pools"),
+        ({"pools": [{"models": [FAKE | {"dimension": 8}]}]}, "pools.0.models.0.dimension"),
+        ({"pools": [{"models": [FAKE | {"engine": "magic"}]}]}, "pools.0.models.0.engine"),
+        ({"pools": [{"models": [FAKE | {"sha256": "abc"}]}]}, "pools.0.models.0.sha256"),
+        ({"index": {"backend": "oracle"}}, "index.backend"),
+        ({"store": {"path": ""}}, "store.path"),
+    ],
+)
+def test_what_is_wrong_is_named(raw, where):
+    assert _where(raw) == where
+
+
+def test_a_weight_of_zero_is_refused():
+    """It divides cost, so it would mean never."""
+    tier = Settings().admission.tiers["free"].model_dump() | {"weight": 0}
+    assert _where({"admission": {"tiers": {"free": tier}}}) == "admission.tiers.free.weight"
+
+
+def test_a_real_engine_needs_its_files_and_their_hash():
+    model = FAKE | {"engine": "sentence_transformers"}
+    with pytest.raises(ValidationError, match="source and sha256 are required"):
+        Settings.model_validate({"pools": [{"models": [model]}]})
+
+
+@pytest.mark.parametrize(
+    ("pools", "word"),
+    [
+        ([{"models": [FAKE, FAKE]}], "model"),
+        ([{"models": [FAKE]}, {"models": [FAKE | {"id": "other"}]}], "pool"),
+    ],
+)
+def test_names_are_unique(pools, word):
+    with pytest.raises(ValidationError, match=f"{word} names must be unique"):
+        Settings.model_validate({"pools": pools})
+
+
+def test_overlap_is_at_most_half_of_the_chunk():
+    assert Settings.model_validate({"chunking": {"tokens": 64, "overlap": 32}})
+    assert _where({"chunking": {"tokens": 64, "overlap": 33}}) == "chunking"
+
+
+def test_settings_cannot_be_changed():
+    with pytest.raises(ValidationError, match="frozen"):
+        Settings().data_dir = "elsewhere"
+
+
+def test_settings_survive_json():
+    assert Settings.model_validate_json(Settings().model_dump_json()) == Settings()

