@@ -85,6 +85,13 @@ class NotFound(ServiceError):
     code = "not_found"
 
 
+class MethodNotAllowed(ServiceError):
+    """The path exists, the method does not."""
+
+    status = 405
+    code = "method_not_allowed"
+
+
 class Conflict(ServiceError):
     """The thing exists already, in another shape."""
 

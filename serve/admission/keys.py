@@ -6,6 +6,7 @@ dictionary to try. Comparison is constant-time, also for an id that does not exi
 
 import hashlib
 import hmac
+import math
 import re
 import secrets
 from collections import OrderedDict
@@ -52,7 +53,8 @@ class Door:
     """Turns an `Authorization` header into a Caller.
 
     Looked-up keys (also unknown ones) are trusted for `key_cache_s`, and known ones for
-    `key_stale_s` while the Store is away, so that a restart of the Store is not an outage.
+    `key_stale_s` more while the Store is away, so that a restart of the Store is not an outage:
+    once it is known to be away, one request in `key_cache_s` waits for it and the others pass.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Door:
         self._tiers: Mapping[str, Tier] = settings.tiers
         self._clock = clock
         self._cache: OrderedDict[str, _Cached] = OrderedDict()
+        self._away_until: float | None = None  # None while the Store answers
 
     async def caller(self, authorization: str | None) -> Caller:
         """Who sent this.
@@ -84,19 +87,31 @@ class Door:
         return Caller(key.tenant, key.tier, tier.weight, key.id)
 
     async def _find(self, key_id: str) -> Key | None:
-        now = self._clock()
+        now, trusted_s = self._clock(), self._settings.key_cache_s
         cached = self._cache.get(key_id)
-        if cached is not None and now - cached.at < self._settings.key_cache_s:
+        age_s = now - cached.at if cached is not None else math.inf
+        if cached is not None and age_s < trusted_s:
             return cached.key
+        stale = None
+        if cached is not None and age_s < trusted_s + self._settings.key_stale_s:
+            stale = cached.key
+        if self._away_until is not None:
+            if stale is not None and now < self._away_until:
+                return stale
+            self._away_until = now + trusted_s
         try:
             key = await self._keys.find_key(key_id)
         except StoreUnavailable:
-            fresh_s = self._settings.key_cache_s + self._settings.key_stale_s
-            if cached is not None and cached.key is not None and now - cached.at < fresh_s:
-                return cached.key
+            self._away_until = self._clock() + trusted_s
+            if stale is not None:
+                return stale
             raise
-        self._cache[key_id] = _Cached(key, now)
+        self._away_until = None
+        self._keep(key_id, _Cached(key, now))
+        return key
+
+    def _keep(self, key_id: str, found: _Cached) -> None:
+        self._cache[key_id] = found
         self._cache.move_to_end(key_id)
         while len(self._cache) > self._settings.keys_cached_max:
             self._cache.popitem(last=False)
-        return key

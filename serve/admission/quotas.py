@@ -37,6 +37,15 @@ class Rate:
     reset_s: float
 
 
+@dataclass(slots=True)
+class _State:
+    """Theoretical arrival time, latest charge, and the seconds given back so far."""
+
+    tat: float
+    at: float
+    back_s: float = 0.0
+
+
 class Gcra:
     """Theoretical arrival times by key; at most `keys_max`, the longest unused forgotten first.
 
@@ -45,7 +54,7 @@ class Gcra:
 
     def __init__(self, keys_max: int) -> None:
         self._keys_max = keys_max
-        self._tat: OrderedDict[tuple[str, str], float] = OrderedDict()
+        self._states: OrderedDict[tuple[str, str], _State] = OrderedDict()
 
     def charge(
         self, owner: str, costs: Mapping[Dimension, float], now: float
@@ -57,34 +66,48 @@ class Gcra:
         charged: dict[tuple[str, str], float] = {}
         worst: tuple[Dimension, float] | None = None
         for dimension, cost in costs.items():
-            key = (owner, dimension.name)
-            tat = max(self._tat.get(key, now), now) + cost * dimension.interval_s
+            state = self._states.get((owner, dimension.name))
+            tat = (now if state is None else max(state.tat, now)) + cost * dimension.interval_s
             wait = tat - dimension.burst * dimension.interval_s - now
             if wait > EPSILON_S and (worst is None or wait > worst[1]):
                 worst = (dimension, wait)
-            charged[key] = tat
+            charged[owner, dimension.name] = tat
         if worst is None:
             for key, tat in charged.items():
-                self._tat[key] = tat
-                self._tat.move_to_end(key)
-            while len(self._tat) > self._keys_max:
-                self._tat.popitem(last=False)
+                self._keep(key, tat, now)
         return worst
 
-    def settle(self, owner: str, dimension: Dimension, diff: float) -> None:
-        """Add `diff` units (true less charged, may be negative) to what was charged.
+    def mark(self, owner: str, dimension: Dimension) -> float:
+        """Where a charge that was just granted ends, for `give_back`."""
+        state = self._states[owner, dimension.name]
+        return state.tat + state.back_s
 
-        A no-op for a forgotten key: a late refund must not create a credit.
+    def give_back(self, owner: str, dimension: Dimension, units: float, *, mark: float) -> None:
+        """Take `units` off a charge; below zero it was too small and grows.
+
+        What of the charge had been refilled by the time of the latest one is not given back, and
+        nothing is to a forgotten key: a late refund must not let more than the burst through.
         """
-        key = (owner, dimension.name)
-        if key in self._tat:
-            self._tat[key] += diff * dimension.interval_s
+        state = self._states.get((owner, dimension.name))
+        if state is not None:
+            unfilled_s = max(mark - state.back_s - state.at, 0.0)
+            back_s = min(units * dimension.interval_s, unfilled_s)
+            state.tat -= back_s
+            state.back_s += max(back_s, 0.0)
 
     def rate(self, owner: str, dimension: Dimension, now: float) -> Rate:
         """How much is left."""
-        debt_s = max(self._tat.get((owner, dimension.name), now) - now, 0.0)
+        state = self._states.get((owner, dimension.name))
+        debt_s = 0.0 if state is None else max(state.tat - now, 0.0)
         remaining = int((dimension.burst - debt_s / dimension.interval_s) + 1e-6)
         return Rate(int(dimension.burst), max(remaining, 0), debt_s)
+
+    def _keep(self, key: tuple[str, str], tat: float, now: float) -> None:
+        state = self._states.setdefault(key, _State(tat, now))
+        state.tat, state.at = tat, now
+        self._states.move_to_end(key)
+        if len(self._states) > self._keys_max:
+            self._states.popitem(last=False)
 
 
 REQUESTS = "requests_per_minute"
@@ -117,6 +140,7 @@ class Permit:
     caller: Caller
     klass: Klass
     tokens: int
+    marks: tuple[float, float]
 
 
 class Quotas:
@@ -152,7 +176,9 @@ class Quotas:
                 code=dimension.name,
                 retry_after_s=wait_s,
             )
-        return Permit(caller, klass, tokens)
+        gcra, tenant = self._gcra, caller.tenant
+        marks = gcra.mark(tenant, requests), gcra.mark(tenant, per_token)
+        return Permit(caller, klass, tokens, marks)
 
     @contextmanager
     def admitted(
@@ -172,14 +198,16 @@ class Quotas:
 
     def settle(self, permit: Permit, *, tokens: int) -> None:
         """The true count is known: charge or give back the difference."""
-        _, per_token = self._dimensions[permit.caller.tier, permit.klass]
-        self._gcra.settle(permit.caller.tenant, per_token, tokens - permit.tokens)
+        self._give_back(permit, requests=0, tokens=permit.tokens - tokens)
 
     def refund(self, permit: Permit) -> None:
         """Nothing was done for it (shed, or a fault of ours): give all of it back."""
-        requests, per_token = self._dimensions[permit.caller.tier, permit.klass]
-        self._gcra.settle(permit.caller.tenant, requests, -1)
-        self._gcra.settle(permit.caller.tenant, per_token, -permit.tokens)
+        self._give_back(permit, requests=1, tokens=permit.tokens)
+
+    def _give_back(self, permit: Permit, *, requests: int, tokens: int) -> None:
+        limits = self._dimensions[permit.caller.tier, permit.klass]
+        for limit, units, mark in zip(limits, (requests, tokens), permit.marks, strict=True):
+            self._gcra.give_back(permit.caller.tenant, limit, units, mark=mark)
 
     def rates(self, caller: Caller, klass: Klass, now: float) -> dict[str, Rate]:
         """What is left, under the names `requests` and `tokens`."""

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from serve.api.service import Served, Who
+from serve.api.shapes import CollectionDeleted, CollectionList, CollectionShown
 from serve.api.wire import Body, documented, read, reply
 from serve.records import Collection
 
@@ -20,7 +21,12 @@ class CollectionBody(Body):
     model: Annotated[str, Field(min_length=1, max_length=128)] | None = None
 
 
-@router.post("/v1/collections", status_code=201, openapi_extra=documented(CollectionBody))
+@router.post(
+    "/v1/collections",
+    status_code=201,
+    openapi_extra=documented(CollectionBody),
+    responses={201: {"model": CollectionShown}},
+)
 async def create_collection(request: Request, service: Served, who: Who) -> Response:
     """Make a collection; it keeps one model revision for life."""
     body = await read(request, CollectionBody)
@@ -28,22 +34,22 @@ async def create_collection(request: Request, service: Served, who: Who) -> Resp
     return reply(shown(made), 201, {"location": f"/v1/collections/{made.name}"})
 
 
-@router.get("/v1/collections")
+@router.get("/v1/collections", responses={200: {"model": CollectionList}})
 async def list_collections(service: Served, who: Who) -> Response:
     """The caller's collections, by name."""
     mine = await service.collections.list(who)
     return reply({"object": "list", "data": [shown(collection) for collection in mine]})
 
 
-@router.get("/v1/collections/{name}")
+@router.get("/v1/collections/{name}", responses={200: {"model": CollectionShown}})
 async def one_collection(name: str, service: Served, who: Who) -> Response:
     """One collection, with the number of records in it."""
-    collection = await service.collections.find(who, name)
+    collection = await service.collections.show(who, name)
     records = await service.search.count(collection)
     return reply({**shown(collection), "records": records})
 
 
-@router.delete("/v1/collections/{name}")
+@router.delete("/v1/collections/{name}", responses={200: {"model": CollectionDeleted}})
 async def delete_collection(name: str, service: Served, who: Who) -> Response:
     """Remove a collection with everything in it."""
     gone = await service.collections.delete(who, name)

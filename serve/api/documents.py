@@ -3,10 +3,11 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
-from pydantic import Field
+from pydantic import FailFast, Field
 
 from serve.api.problems import problem_body
 from serve.api.service import RequestId, Served, Who
+from serve.api.shapes import DocumentsDeleted, DocumentsWritten
 from serve.api.wire import Body, documented, read, reply
 from serve.content.documents import Document
 from serve.errors import BadInput
@@ -14,6 +15,9 @@ from serve.flows.ingest import DocumentResult
 
 
 router = APIRouter()
+
+LIST_MAX = 10_000
+"""The highest that `limits.documents_max` may be: nothing longer is looked at."""
 
 
 class DocumentBody(Body):
@@ -27,16 +31,24 @@ class DocumentBody(Body):
 class DocumentsBody(Body):
     """Documents to write: a document of the same id is replaced."""
 
-    documents: Annotated[list[DocumentBody], Field(min_length=1)]
+    documents: Annotated[list[DocumentBody], FailFast(), Field(min_length=1, max_length=LIST_MAX)]
 
 
 class DeleteBody(Body):
     """Ids of documents to delete."""
 
-    ids: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    ids: Annotated[
+        list[Annotated[str, Field(min_length=1)]],
+        FailFast(),
+        Field(min_length=1, max_length=LIST_MAX),
+    ]
 
 
-@router.post("/v1/collections/{name}/documents", openapi_extra=documented(DocumentsBody))
+@router.post(
+    "/v1/collections/{name}/documents",
+    openapi_extra=documented(DocumentsBody),
+    responses={200: {"model": DocumentsWritten}, 207: {"model": DocumentsWritten}},
+)
 async def write_documents(
     name: str, request: Request, service: Served, who: Who, request_id: RequestId
 ) -> Response:
@@ -58,7 +70,11 @@ async def write_documents(
     return reply(answer, 207 if failed else 200)
 
 
-@router.delete("/v1/collections/{name}/documents", openapi_extra=documented(DeleteBody))
+@router.delete(
+    "/v1/collections/{name}/documents",
+    openapi_extra=documented(DeleteBody),
+    responses={200: {"model": DocumentsDeleted}},
+)
 async def delete_documents(name: str, request: Request, service: Served, who: Who) -> Response:
     """Delete documents by id; one that does not exist is `absent`."""
     request.state.klass = "bulk"
@@ -78,5 +94,5 @@ def _shown(result: DocumentResult) -> dict[str, Any]:
         "chunks": result.chunks,
     }
     if result.error is not None:
-        shown["error"] = problem_body(result.error, "")
+        shown["error"] = problem_body(result.error)
     return shown

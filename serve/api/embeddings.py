@@ -7,7 +7,8 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 
 from serve.api.service import RequestId, Served, Who
-from serve.api.wire import read_json, reply
+from serve.api.shapes import EmbeddingList
+from serve.api.wire import read_json, reply, required_body
 from serve.config import Limits
 from serve.errors import BadInput
 from serve.flows.embed import Embedded, EmbedRequest, TruncateSide
@@ -46,10 +47,13 @@ SCHEMA: dict[str, Any] = {
         },
     },
 }
-BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": SCHEMA}}}}
 
 
-@router.post("/v1/embeddings", openapi_extra=BODY)
+@router.post(
+    "/v1/embeddings",
+    openapi_extra=required_body(SCHEMA),
+    responses={200: {"model": EmbeddingList}},
+)
 async def embeddings(
     request: Request, service: Served, who: Who, request_id: RequestId
 ) -> Response:
@@ -57,7 +61,8 @@ async def embeddings(
     body = await read_json(request)
     limits = service.context.settings.limits
     if limits.unknown_fields == "refuse" and (unknown := body.keys() - KNOWN):
-        raise BadInput(f"Unknown field {min(unknown)!r}.", param=min(unknown)[:64])
+        field = min(unknown)[:64]
+        raise BadInput(f"Unknown field {field!r}.", param=field)
     encoding = _choice(body, "encoding_format", ("float", "base64"), "float")
     done = await service.embed.embed(who, parse(body, limits), request_id)
     return reply(_answer(done, encoding, body["model"]), headers=_cut_headers(done))
@@ -80,7 +85,9 @@ def parse(body: dict[str, Any], limits: Limits) -> EmbedRequest:
 
 
 def _inputs(value: Any, inputs_max: int) -> tuple[list[str] | None, list[list[int]] | None]:
-    """Texts or token ids: exactly one of the two."""
+    """Texts or token ids: exactly one of the two. The ids themselves are the tokenizer's to check,
+    in its thread: a body may hold millions.
+    """
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list) or not value:
@@ -99,7 +106,7 @@ def _inputs(value: Any, inputs_max: int) -> tuple[list[str] | None, list[list[in
                 )
         return value, None
     for index, row in enumerate(value):
-        if not isinstance(row, list) or not row or any(type(token) is not int for token in row):
+        if not isinstance(row, list) or not row:
             raise BadInput(
                 f"input[{index}] must be a non-empty string or array of token ids, of one kind "
                 "over the whole input.",

@@ -5,6 +5,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 
 from serve.api.service import Served, Who
+from serve.api.shapes import ModelList, ModelShown
 from serve.api.wire import reply
 from serve.flows import models
 
@@ -12,14 +13,14 @@ from serve.flows import models
 router = APIRouter()
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", responses={200: {"model": ModelList}})
 async def list_models(service: Served, _who: Who) -> Response:
     """Every served model."""
     data = [_shown(served) for served in service.context.models]
     return reply({"object": "list", "data": data})
 
 
-@router.get("/v1/models/{model_id:path}")
+@router.get("/v1/models/{model_id:path}", responses={200: {"model": ModelShown}})
 async def one_model(model_id: str, service: Served, _who: Who) -> Response:
     """One model; ids may contain slashes."""
     return reply(_shown(service.context.models.find(model_id)))

@@ -1,8 +1,10 @@
 """One table from our errors to HTTP: OpenAI's error object on OpenAI's routes, RFC 9457 on ours."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import orjson
 from fastapi import Response
@@ -15,6 +17,7 @@ from serve.errors import (
     Forbidden,
     IndexUnavailable,
     Internal,
+    MethodNotAllowed,
     ModelUnavailable,
     NotFound,
     Overloaded,
@@ -44,6 +47,7 @@ TABLE: dict[type[ServiceError], Row] = {
     Unauthorized: Row("invalid_request_error", "The key is missing or not valid"),
     Forbidden: Row("invalid_request_error", "Not allowed"),
     NotFound: Row("invalid_request_error", "Not found"),
+    MethodNotAllowed: Row("invalid_request_error", "The method is not supported here"),
     Conflict: Row("invalid_request_error", "It exists already"),
     TooLarge: Row("invalid_request_error", "The body is too large"),
     PoisonInput: Row("invalid_request_error", "An input cannot be embedded"),
@@ -63,25 +67,31 @@ OPENAI_PATHS = ("/v1/embeddings", "/v1/models")
 def openai_body(error: ServiceError) -> dict[str, Any]:
     """OpenAI's error object: always all four keys.
 
-    As at OpenAI, a 429 has the code `rate_limit_exceeded` and its type names the dimension.
+    As at OpenAI, the type of a 429 names the dimension, and its code is `rate_limit_exceeded` when
+    waiting helps, else `insufficient_quota`.
     """
     kind, code = TABLE[type(error)].kind, error.code
     if isinstance(error, QuotaExceeded):
-        kind, code = error.code, QuotaExceeded.code
+        waits = error.retry_after_s is not None
+        kind, code = error.code, QuotaExceeded.code if waits else "insufficient_quota"
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": code}}
 
 
-def problem_body(error: ServiceError, path: str) -> dict[str, Any]:
-    """RFC 9457 problem details; `code` and `param` are ours, `violated-policies` the IETF's."""
+def problem_body(error: ServiceError, path: str | None = None) -> dict[str, Any]:
+    """RFC 9457 problem details; `code` and `param` are ours, `violated-policies` the IETF's.
+
+    `path` is the request's, decoded; without it there is no `instance`.
+    """
     row = TABLE[type(error)]
     body: dict[str, Any] = {
         "type": row.uri,
         "title": row.title,
         "status": error.status,
         "detail": error.message,
-        "instance": path,
         "code": error.code,
     }
+    if path is not None:
+        body["instance"] = quote(path)
     if error.param is not None:
         body["param"] = error.param
     if isinstance(error, QuotaExceeded):
@@ -90,20 +100,24 @@ def problem_body(error: ServiceError, path: str) -> dict[str, Any]:
 
 
 def retry_headers(error: ServiceError) -> dict[str, str]:
-    """`Retry-After` in whole seconds, rounded up, and its exact twin in milliseconds."""
+    """`Retry-After` in whole seconds, rounded up, and its exact twin in milliseconds.
+
+    OpenAI's clients repeat every 409 and 429 of their own accord: those that waiting cannot cure
+    say so.
+    """
     if error.retry_after_s is not None:
         return {
             "retry-after": str(math.ceil(error.retry_after_s)),
             "retry-after-ms": str(math.ceil(error.retry_after_s * 1e3)),
         }
-    if isinstance(error, QuotaExceeded):
+    if isinstance(error, QuotaExceeded | Conflict):
         return {"x-should-retry": "false"}
     return {}
 
 
-def respond(error: ServiceError, path: str) -> Response:
-    """The reply for a failure on a route."""
-    headers = retry_headers(error)
+def respond(error: ServiceError, path: str, headers: Mapping[str, str] | None = None) -> Response:
+    """The reply for a failure on a route; `path` tells in which of the two shapes."""
+    headers = {**(headers or {}), **retry_headers(error)}
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
     if path.startswith(OPENAI_PATHS):

@@ -3,9 +3,10 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
-from pydantic import Field
+from pydantic import FailFast, Field
 
 from serve.api.service import RequestId, Served, Who
+from serve.api.shapes import SearchList
 from serve.api.wire import Body, documented, read, reply
 from serve.errors import BadInput
 from serve.flows.search import SearchRequest
@@ -22,12 +23,18 @@ class SearchBody(Body):
     """
 
     text: Annotated[str, Field(min_length=1)] | None = None
-    vector: Annotated[list[float], Field(min_length=1, max_length=100_000)] | None = None
-    top_k: int = 10
+    vector: Annotated[list[float], FailFast(), Field(min_length=1, max_length=100_000)] | None = (
+        None
+    )
+    top_k: Annotated[int, Field(ge=1)] = 10
     filter: dict[str, Any] | None = None
 
 
-@router.post("/v1/collections/{name}/search", openapi_extra=documented(SearchBody))
+@router.post(
+    "/v1/collections/{name}/search",
+    openapi_extra=documented(SearchBody),
+    responses={200: {"model": SearchList}},
+)
 async def search(
     name: str, request: Request, service: Served, who: Who, request_id: RequestId
 ) -> Response:

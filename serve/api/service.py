@@ -4,7 +4,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, cast
 
-from fastapi import Depends, Request
+from fastapi import Depends, Request, Security
+from fastapi.security import HTTPBearer
 
 from serve.admission.keys import Door
 from serve.flows.collections import CollectionFlow
@@ -28,12 +29,16 @@ class Service:
     ready: Callable[[], Awaitable[Mapping[str, bool]]]
 
 
+# Shown in OpenAPI only: `Door` reads the header, so that every refusal is one of our errors.
+BEARER = HTTPBearer(auto_error=False, bearerFormat="hr_ID_SECRET", description="Your API key.")
+
+
 def service(request: Request) -> Service:
     """The replica's service."""
     return cast("Callable[[], Service]", request.app.state.service)()
 
 
-async def caller(request: Request) -> Caller:
+async def caller(request: Request, _: Annotated[object, Security(BEARER)]) -> Caller:
     """Who is asking; also notes it for the rate headers. Raises Unauthorized."""
     who = await service(request).door.caller(request.headers.get("authorization"))
     request.state.caller = who

@@ -14,7 +14,9 @@ from serve.errors import BadInput
 M = TypeVar("M", bound=BaseModel)
 
 DETAIL_CHARS_MAX = 300
-"""Of a validation message: it may quote what was sent."""
+"""Of a validation message, and of a field's path: both may quote what was sent."""
+
+REF = "#/components/schemas/{model}"
 
 
 class Body(BaseModel):
@@ -24,7 +26,16 @@ class Body(BaseModel):
 
 
 async def read_json(request: Request) -> dict[str, Any]:
-    """The body as a JSON object. Raises BadInput (also for bad UTF-8, NaN, lone surrogates)."""
+    """The body as a JSON object, whatever its content type: many clients forget that header.
+
+    Raises BadInput (also for compression, bad UTF-8, NaN, lone surrogates, deep nesting).
+    """
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise BadInput(
+            "The body must not be compressed.",
+            param="content-encoding",
+            code="unsupported_encoding",
+        )
     raw = await request.body()
     try:
         value = orjson.loads(raw)
@@ -42,9 +53,8 @@ async def read(request: Request, model: type[M]) -> M:
         return model.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        raise BadInput(
-            f"{path(first['loc'])}: {first['msg']}"[:DETAIL_CHARS_MAX], param=path(first["loc"])
-        ) from None
+        param = path(first["loc"])[:DETAIL_CHARS_MAX]
+        raise BadInput(f"{param}: {first['msg']}"[:DETAIL_CHARS_MAX], param=param) from None
 
 
 def path(loc: Sequence[int | str]) -> str:
@@ -85,7 +95,10 @@ def rate_headers(rates: Mapping[str, Rate]) -> dict[str, str]:
 
 
 def documented(model: type[BaseModel]) -> dict[str, Any]:
-    """`openapi_extra` of a route that reads its body itself."""
-    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
+    """`openapi_extra` of a route that reads its body itself; `openapi` adds the schema."""
+    return required_body({"$ref": REF.format(model=model.__name__)})
+
+
+def required_body(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, of a schema written out."""
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

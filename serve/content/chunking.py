@@ -4,7 +4,6 @@ One pass of the tokenizer over the document gives every place where it may be cu
 the best of them near its limit. Why not a library: `docs/adr/0005-chunking.md`.
 """
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -37,8 +36,8 @@ Ints = NDArray[np.int64]
 class Tokens(Protocol):
     """What chunking asks of the model's tokenizer. Special tokens are not counted."""
 
-    def spans(self, text: str) -> Sequence[tuple[int, int]]:
-        """Start and end of each token, in characters."""
+    def spans(self, text: str) -> Ints:
+        """Start and end of each token, in characters: shape (tokens, 2)."""
         ...
 
     def count(self, text: str) -> int:
@@ -63,9 +62,10 @@ def chunk(text: str, tokens: Tokens, settings: Chunking) -> list[Chunk]:
             first = reached
             continue
         start, end = cutter.characters(first, stop)
-        if start < end and count:
+        is_new = end > (chunks[-1].end if chunks else start)  # not if only white space was added
+        if count and is_new:
             chunks.append(Chunk(len(chunks), text[start:end], start, end))
-        first, reached = cutter.restart(first, stop), stop
+        first, reached = cutter.restart(start, stop), stop
     return chunks
 
 
@@ -82,8 +82,7 @@ class _Cutter:
         self._limit = settings.tokens
         self._budget = settings.tokens * CHARS_PER_TOKEN_MAX
         self._overlap = settings.overlap * CHARS_PER_TOKEN_MAX
-        piece_chars = max(1, settings.tokens // TOKENS_PER_CHAR_MAX)
-        self._starts, self._costs = _units(tokens.spans(text), len(text), piece_chars)
+        self._starts, self._costs = _units(tokens.spans(text), len(text), settings.tokens)
         self.size = len(self._starts) - 1
 
     def stop(self, first: int, reached: int) -> tuple[int, int]:
@@ -101,12 +100,15 @@ class _Cutter:
             stop = max(choices, key=lambda unit: (self._rank(unit), unit), default=furthest)
         return self._fitted(first, stop)
 
-    def restart(self, first: int, stop: int) -> int:
-        """Where the next chunk begins: the best place within the overlap, then the earliest."""
+    def restart(self, start: int, stop: int) -> int:
+        """Where the chunk after the one from character `start` to unit `stop` begins: the best
+        place within the overlap, among equals the earliest.
+        """
         if stop == self.size or self._overlap == 0:
             return stop
         least = int(np.searchsorted(self._costs, self._costs[stop] - self._overlap))
-        choices = range(max(least, first + 1), stop)
+        later = int(np.searchsorted(self._starts, start, "right"))
+        choices = range(max(least, later), stop)
         return max(choices, key=lambda unit: (self._rank(unit), -unit), default=stop)
 
     def characters(self, first: int, stop: int) -> tuple[int, int]:
@@ -145,20 +147,21 @@ class _Cutter:
         return SPACE if gap else INSIDE
 
 
-def _units(spans: Sequence[tuple[int, int]], length: int, piece_chars: int) -> tuple[Ints, Ints]:
+def _units(spans: Ints, length: int, limit: int) -> tuple[Ints, Ints]:
     """Starts of the units and what all before each cost; both end with the end of the text.
 
-    Tokens that share a character (bytes of an emoji) are one unit. A unit reaches to the next one
-    and is cut into pieces of `piece_chars`, so that one alone never exceeds a chunk's limit.
+    Tokens that share a character (bytes of an emoji) are one unit, which reaches to the next one.
+    A unit of more than `limit` characters is cut so finely that no piece exceeds `limit` tokens.
     """
-    bounds = np.asarray(spans, np.int64).reshape(-1, 2)
-    starts, ends = bounds[:, 0], np.maximum.accumulate(bounds[:, 1])
+    starts, ends = spans[:, 0], np.maximum.accumulate(spans[:, 1])
     apart = np.ones(len(starts), bool)
     apart[1:] = (starts[1:] >= ends[:-1]) & (starts[1:] > starts[:-1])
     first_tokens = np.flatnonzero(apart)
     starts = starts[first_tokens]
-    pieces = -(-np.diff(starts, append=length) // piece_chars)
-    tokens = -(-np.diff(first_tokens, append=len(spans)) // np.maximum(pieces, 1))
+    widths = np.diff(starts, append=length)
+    piece_chars = limit // TOKENS_PER_CHAR_MAX
+    pieces = np.where(widths > limit, -(-widths // piece_chars), 1)
+    tokens = -(-np.diff(first_tokens, append=len(spans)) // pieces)
     steps = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     starts = np.repeat(starts, pieces) + steps * piece_chars
     widths = np.diff(starts, append=length)

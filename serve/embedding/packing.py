@@ -36,7 +36,7 @@ class Pace:
     """Predicted seconds of a batch: `scale * (overhead_s + tokens * token_s)`.
 
     The two terms are fitted at warm-up; `scale` follows what is seen later (a throttled card, a
-    busy neighbour). One outlier moves it by at most 40 %.
+    busy neighbour). One outlier moves it by at most 40 %, all of them within a factor of 1,000.
     """
 
     overhead_s: float
@@ -65,4 +65,5 @@ class Pace:
     def learn(self, tokens: int, seconds: float) -> None:
         """Take in what a batch really took."""
         ratio = seconds / max(self.seconds(tokens), 1e-9)
-        self.scale *= 1 + 0.1 * (min(max(ratio, 0.2), 5.0) - 1)
+        scale = self.scale * (1 + 0.1 * (min(max(ratio, 0.2), 5.0) - 1))
+        self.scale = min(max(scale, 1e-3), 1e3)

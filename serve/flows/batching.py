@@ -9,32 +9,38 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ParamSpec, Protocol, TypeVar
 
 import numpy as np
 
-from serve.admission.fairness import Entry, FairQueue
+from serve.admission.fairness import FairQueue
 from serve.config import Admission, Batch
 from serve.embedding.guard import checked
 from serve.embedding.packing import Pace, pack, padded
 from serve.errors import (
     BadInput,
     DeadlineExceeded,
+    Internal,
     ModelUnavailable,
     Overloaded,
     PoisonInput,
     QuotaExceeded,
     ServiceError,
 )
+from serve.flows.pending import Member, Pending, Slice, Tally
 from serve.ports import Engine
 from serve.records import EmbedCall, EmbedReply, Vector
 
 
 log = logging.getLogger("headrace.batching")
 
-SUSPECT_AFTER = 8
-"""Single inputs that fail in a row before the model itself is put to a test."""
+PROFILE_TOKENS = 1000
+"""Models are compared, and the queue's pace is told, by a batch of this many padded tokens."""
+
+UNUSABLE = "The model returned no usable vector for this input."
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Engines(Protocol):
@@ -53,74 +59,12 @@ class Engines(Protocol):
         ...
 
 
-@dataclass(slots=True, eq=False)
-class Pending:
-    """A call on its way: rows fill in as batches return."""
-
-    call: EmbedCall
-    done: asyncio.Future[EmbedReply]
-    arrived: float
-    expires: float
-    vectors: Vector
-    left: int
-    started: float | None = None
-    failures: list[tuple[int, ServiceError]] = field(default_factory=list)
-    entries: list[Entry["Slice"]] = field(default_factory=list)
-
-    def put(self, index: int, row: Vector | ServiceError) -> None:
-        """Keep one input's outcome."""
-        if isinstance(row, ServiceError):
-            self.failures.append((index, row))
-        else:
-            self.vectors[index] = row
-        self.left -= 1
-
-    def finish(self, now: float) -> None:
-        """Answer the caller once every row is there."""
-        if self.left == 0 and not self.done.done():
-            started = self.started if self.started is not None else now
-            self.done.set_result(
-                EmbedReply(
-                    self.vectors,
-                    tuple(sorted(self.failures, key=lambda failure: failure[0])),
-                    queue_ms=(started - self.arrived) * 1e3,
-                    infer_ms=(now - started) * 1e3,
-                )
-            )
-
-    def fail(self, error: ServiceError) -> None:
-        """Answer the caller with an error for the whole call."""
-        if not self.done.done():
-            self.done.set_exception(error)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Slice:
-    """Some inputs of one call, queued as one item: large calls do not block others."""
-
-    pending: Pending
-    indices: tuple[int, ...]
-    tokens: int
-
-
-Member = tuple[Pending, int]
-
-
-@dataclass(slots=True)
-class Tally:
-    """Counts since start: what the model was given and how much of it was padding."""
-
-    batches: int = 0
-    inputs: int = 0
-    tokens: int = 0
-    padded: int = 0
-    failed: int = 0
-    dropped: int = 0
-    model_s: float = 0.0
-
-
 class Batcher:
-    """Orders calls fairly, batches them by tokens, isolates what fails."""
+    """Orders calls fairly, batches them by tokens, isolates what fails.
+
+    `healthy` turns false for good when a model fails on a known good input or `run` ends; from
+    then on every call, waiting or new, is answered with ModelUnavailable.
+    """
 
     def __init__(
         self,
@@ -140,9 +84,11 @@ class Batcher:
             {"interactive": admission.interactive_share, "bulk": admission.bulk_share}
         )
         self._pace = {model: Pace.fit(engines.warm_times(model)) for model in models}
+        seconds = {model: pace.seconds(PROFILE_TOKENS) for model, pace in self._pace.items()}
+        self._dearness = {model: took / seconds[models[0]] for model, took in seconds.items()}
         self._budget = batch.tokens_max
         self._wake = asyncio.Event()
-        self._failed_in_row = 0
+        self._calls: set[Pending] = set()
         self.healthy = True
         self.tally = Tally()
 
@@ -165,55 +111,69 @@ class Batcher:
             vectors=np.zeros((len(call.inputs), engine.dimensions), np.float32),
             left=len(call.inputs),
         )
-        for part in self._slices(pending):
-            cost = part.tokens + self._batch.item_overhead_tokens * len(part.indices)
-            pending.entries.append(
-                self._queue.push(call.klass, call.tenant, weight=call.weight, cost=cost, item=part)
-            )
-        self._wake.set()
+        self._calls.add(pending)
         try:
+            self._enqueue(pending)
+            pending.finish(now)  # a call without inputs
             return await pending.done
         finally:
+            self._calls.discard(pending)
             self._withdraw(pending)
 
     def _admit(self, call: EmbedCall) -> float:
-        """Refuse what cannot be served in time; else the seconds of the call's own work."""
+        """Refuse what cannot be served in time; else the seconds of the call's own work.
+
+        A call above a cap may wait when nothing else does, for it could never pass otherwise.
+        """
         if not self.healthy:
             raise ModelUnavailable("The model has failed; its replica restarts.", retry_after_s=5)
-        cost = sum(call.tokens) + self._batch.item_overhead_tokens * len(call.inputs)
-        second = self._pace[call.model].seconds(1000) / 1000
-        if self._queue.backlog(call.tenant) + cost > max(call.queued_tokens_max, cost):
+        if len(call.tokens) != len(call.inputs):
+            raise Internal(f"{len(call.tokens)} token counts for {len(call.inputs)} inputs.")
+        queue = self._queue
+        cost = self._cost(call.model, sum(call.tokens), len(call.inputs))
+        cost_s = self._pace[call.model].seconds(PROFILE_TOKENS) / PROFILE_TOKENS
+        cost_s /= self._dearness[call.model]
+        wait_s = queue.ahead(call.klass, call.tenant, weight=call.weight) * cost_s
+        own = queue.backlog(call.tenant)
+        if own and own + cost > call.queued_tokens_max:
             raise QuotaExceeded(
-                "Too many of your tokens are waiting already.",
+                f"{own:.0f} of your tokens are waiting already; with {cost:.0f} more they would "
+                f"exceed the {call.queued_tokens_max} that may wait.",
                 code="queued_tokens",
-                retry_after_s=max(self._wait_s(call, second), 1),
+                retry_after_s=max(wait_s, 1),
             )
-        full = (
-            self._queue.cost + cost > max(self._batch.queue_tokens_max, cost)
-            or self._queue.items >= self._batch.queue_items_max
-        )
-        wait_s = self._wait_s(call, second)
-        if full or wait_s > call.deadline_s:
+        items = queue.items + len(call.inputs)
+        full = queue.cost + cost > self._batch.queue_tokens_max
+        if queue.items and (full or items > self._batch.queue_items_max):
+            raise Overloaded("The queue is full.", retry_after_s=max(wait_s, 1))
+        if wait_s > call.deadline_s:
             raise Overloaded(
                 f"The predicted wait of {wait_s:.1f} s exceeds the deadline of "
-                f"{call.deadline_s:g} s."
-                if not full
-                else "The queue is full.",
-                retry_after_s=max(wait_s - call.deadline_s, 1),
+                f"{call.deadline_s:g} s.",
+                retry_after_s=max(wait_s, 1),
             )
-        return cost * second / self._queue.share(call.klass, call.tenant, call.weight)
+        return cost * cost_s / queue.share(call.klass, call.tenant, call.weight)
 
-    def _wait_s(self, call: EmbedCall, second: float) -> float:
-        """Predicted seconds until the call's first slice is handed out."""
-        return self._queue.ahead(call.klass, call.tenant, weight=call.weight) * second
+    def _cost(self, model: str, tokens: int, inputs: int) -> float:
+        """Tokens and a fixed part per input, in tokens of the first model's device time."""
+        overhead = self._batch.item_overhead_tokens * inputs
+        return self._dearness[model] * max(tokens + overhead, 1)
 
-    def _slices(self, pending: Pending) -> list[Slice]:
+    def _enqueue(self, pending: Pending) -> None:
         """Cut a call into queue items of like length, each about one hand-out at most."""
-        tokens = pending.call.tokens
-        groups = pack(tokens, tokens_max=self._batch.tokens_min, items_max=self._batch.items_max)
-        return [
-            Slice(pending, tuple(group), sum(tokens[index] for index in group)) for group in groups
-        ]
+        call, batch = pending.call, self._batch
+        for group in pack(call.tokens, tokens_max=batch.tokens_min, items_max=batch.items_max):
+            tokens = sum(call.tokens[index] for index in group)
+            entry = self._queue.push(
+                call.klass,
+                call.tenant,
+                weight=call.weight,
+                cost=self._cost(call.model, tokens, len(group)),
+                item=Slice(pending, tuple(group), tokens),
+                count=len(group),
+            )
+            pending.entries.append(entry)
+        self._wake.set()
 
     def _withdraw(self, pending: Pending) -> None:
         """Whatever still waits of a call that ended is dropped and its cost given back."""
@@ -225,15 +185,27 @@ class Batcher:
     # --- the model's side -----------------------------------------------------------------
 
     async def run(self) -> None:
-        """Serve until cancelled. One task runs this; nothing of a batch's failure ends it."""
-        while True:
-            members = self._hand_out()
-            if members:
-                await self._serve(members)
-            else:
-                self._wake.clear()
-                await self._wake.wait()
-            await asyncio.sleep(0)  # arrivals of the same turn of the loop join the hand-out
+        """Serve until cancelled. One task runs this; nothing of a batch's failure ends it.
+
+        Should it end all the same, no caller is left waiting.
+        """
+        try:
+            while True:
+                members = self._hand_out()
+                if members:
+                    await self._serve(members)
+                else:
+                    self._wake.clear()
+                    await self._wake.wait()
+                await asyncio.sleep(0)  # arrivals of the same turn of the loop join the hand-out
+        finally:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Nothing will be served any more: say so to everyone who waits, and to the owner."""
+        self.healthy = False
+        for pending in self._calls:
+            pending.fail(ModelUnavailable("The model has failed.", retry_after_s=5))
 
     def _hand_out(self) -> list[Member]:
         """Slices of one model in fair order, bounded in predicted milliseconds."""
@@ -256,14 +228,13 @@ class Batcher:
         slices = self._queue.take(admits, self._live)
         now = self._clock()
         for part in slices:
-            part.pending.started = part.pending.started or now
+            if part.pending.started is None:
+                part.pending.started = now
         return [(part.pending, index) for part in slices for index in part.indices]
 
     def _live(self, part: Slice) -> bool:
         """Departed callers are not; an expired call is answered and is not either."""
-        if part.pending.done.done():
-            return False
-        if self._clock() <= part.pending.expires:
+        if not part.pending.done.done() and self._clock() <= part.pending.expires:
             return True
         part.pending.fail(DeadlineExceeded("The deadline passed while the work was waiting."))
         self.tally.dropped += 1
@@ -275,72 +246,68 @@ class Batcher:
             await self._embed([members[position] for position in batch])
             await asyncio.sleep(0)
 
-    async def _embed(self, members: list[Member]) -> None:
-        """One batch; a failed one is split and retried, a failing single input is answered."""
+    async def _embed(self, members: list[Member], *, again: bool = False) -> None:
+        """One batch. `again`: its inputs have failed before, in company or alone."""
         members = [(pending, index) for pending, index in members if not pending.done.done()]
         if not members:
             return
         try:
             vectors, bad = await self._forward(members)
         except Exception as error:  # noqa: BLE001  a named rim: any runtime may raise anything
-            await self._split(members, error)
+            await self._recover(members, error, again=again)
             return
-        self._failed_in_row = 0
         now = self._clock()
         for row, (pending, index) in enumerate(members):
             if row not in bad:
                 pending.put(index, vectors[row])
                 pending.finish(now)
         for row in bad:
-            await self._not_finite(members[row], alone=len(members) == 1)
+            if len(members) > 1:
+                await self._embed([members[row]], again=True)
+            else:
+                error = PoisonInput(UNUSABLE, code="vector_not_finite")
+                await self._recover(members, error, again=again)
 
-    async def _not_finite(self, member: Member, *, alone: bool) -> None:
-        """A row with NaN or Inf: once more alone, then it is the input's fault."""
-        if alone:
-            message = "The model returned a vector that is not finite for this input."
-            self._answer(member, PoisonInput(message, code="vector_not_finite"))
-        else:
-            await self._embed([member])
+    async def _recover(self, members: list[Member], error: Exception, *, again: bool) -> None:
+        """Halve a failed batch and repeat it; find out who is at fault for a single input.
 
-    async def _split(self, members: list[Member], error: Exception) -> None:
-        oom = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
-        if oom:
-            self._budget = max(self._batch.tokens_min, self._budget // 2)
-        log.warning("batch of %d failed: %r", len(members), error)
+        An input that fails alone is tried twice, then a known good one is: if that fails as
+        well, the model is broken and nobody's input is to blame.
+        """
+        log.warning("a batch of %d inputs failed: %r", len(members), error)
         if len(members) > 1:
+            if _out_of_memory(error):
+                self._shrink(padded([pending.call.tokens[index] for pending, index in members]))
             middle = len(members) // 2
-            await self._embed(members[:middle])
-            await self._embed(members[middle:])
-            return
-        self.tally.failed += 1
-        if isinstance(error, BadInput):
+            await self._embed(members[:middle], again=True)
+            await self._embed(members[middle:], again=True)
+        elif isinstance(error, BadInput):
             self._answer(members[0], error)
-            return
-        await self._suspect()
-        if not self.healthy:
-            self._answer(members[0], ModelUnavailable("The model has failed.", retry_after_s=5))
-        elif oom:
-            message = "The device has too little memory for this input."
-            self._answer(members[0], PoisonInput(message, code="out_of_memory"))
+        elif not again:
+            await self._embed(members, again=True)
+        elif await self._works(members[0][0].call.model):
+            self._answer(members[0], _blame(error))
         else:
-            self._answer(members[0], PoisonInput("The model failed on this input."))
+            self._give_up()
 
-    async def _suspect(self) -> None:
-        """Tell a poisonous input from a broken model: now and then try a known good input."""
-        self._failed_in_row += 1
-        if self._failed_in_row < SUSPECT_AFTER:
-            return
-        self._failed_in_row = 0
+    def _shrink(self, tokens: int) -> None:
+        """A batch of that many padded tokens was too large for the device's memory."""
+        least = min(self._batch.tokens_min, self._batch.tokens_max)
+        self._budget = max(least, min(self._budget, tokens) // 2)
+
+    async def _works(self, model: str) -> bool:
+        """Whether the model still answers a known good input."""
         loop = asyncio.get_running_loop()
-        for model in self._pace:
-            try:
-                await loop.run_in_executor(self._executor, self._engines.probe, model)
-            except Exception:
-                log.exception("model %s fails on its warm-up input", model)
-                self.healthy = False
+        try:
+            await loop.run_in_executor(self._executor, _called, self._engines.probe, model)
+        except Exception:
+            log.exception("model %s fails on its warm-up input", model)
+            return False
+        return True
 
     def _answer(self, member: Member, error: ServiceError) -> None:
         pending, index = member
+        self.tally.failed += 1
         pending.put(index, error)
         pending.finish(self._clock())
 
@@ -352,7 +319,7 @@ class Batcher:
         inputs = [pending.call.inputs[index] for pending, index in members]
         began = self._clock()
         loop = asyncio.get_running_loop()
-        vectors, bad = await loop.run_in_executor(self._executor, checked, engine, inputs)
+        vectors, bad = await loop.run_in_executor(self._executor, _called, checked, engine, inputs)
         took_s = self._clock() - began
         self._pace[model].learn(padded(tokens), took_s)
         self.tally.batches += 1
@@ -371,5 +338,28 @@ class Batcher:
 
     @property
     def queued_items(self) -> int:
-        """Slices that wait."""
+        """Inputs that wait."""
         return self._queue.items
+
+
+def _called(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call it in the model's thread; StopIteration, which no Future can carry, would hang us."""
+    try:
+        return function(*args, **kwargs)
+    except StopIteration as error:
+        raise RuntimeError("the engine raised StopIteration") from error
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Also torch's own, which is not imported here."""
+    return isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
+
+
+def _blame(error: Exception) -> PoisonInput:
+    """What the owner of an input that fails alone is told; the runtime's own words may leak."""
+    if isinstance(error, PoisonInput):
+        return error
+    if _out_of_memory(error):
+        message = "The device has too little memory for this input."
+        return PoisonInput(message, code="out_of_memory")
+    return PoisonInput("The model failed on this input.")

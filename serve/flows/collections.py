@@ -3,8 +3,10 @@
 import logging
 import uuid
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
-from serve.errors import BadInput, NotFound, QuotaExceeded
+from serve.admission.quotas import Permit
+from serve.errors import BadInput, Conflict, NotFound, QuotaExceeded, ServiceError
 from serve.flows.context import Context, new_op
 from serve.ports import Collections, Upserter
 from serve.records import Caller, Collection, CollectionSpec
@@ -14,11 +16,17 @@ log = logging.getLogger("headrace.collections")
 
 
 class CollectionFlow:
-    """Makes, finds and removes collections; every act is scoped to the caller's tenant."""
+    """Makes, finds and removes collections; every act is scoped to the caller's tenant.
+
+    `create`, `list`, `show` and `delete` count as a request each; `find` is free, for the flows
+    that charge on their own.
+    """
 
     def __init__(self, context: Context, store: Collections, upserter: Upserter) -> None:
         self._settings = context.settings
         self._models = context.models
+        self._quotas = context.quotas
+        self._clock = context.clock
         self._wall = context.wall
         self._store = store
         self._upserter = upserter
@@ -26,16 +34,20 @@ class CollectionFlow:
     async def create(self, caller: Caller, name: str, model: str | None) -> Collection:
         """Make a collection for a model (the first served one unless named).
 
-        Raises Conflict when the name is taken, NotFound for the model, QuotaExceeded past
-        `collections_max`.
+        Its namespace comes first: one that nobody knows of is empty and harmless, a collection
+        without one could not be written to. Raises Conflict when the name is taken, NotFound for
+        the model, QuotaExceeded past `collections_max`, IndexUnavailable.
         """
         served = self._models.find(model) if model is not None else self._models.first()
-        mine = await self._store.list_collections(caller.tenant)
-        if len(mine) >= self._settings.limits.collections_max:
-            raise QuotaExceeded(f"You have {len(mine)} collections already.", code="collections")
-        collection = await self._store.create_collection(
-            new_op(),
-            Collection(
+        with self._charged(caller):
+            mine = await self._store.list_collections(caller.tenant)
+            if any(one.name == name for one in mine):
+                raise Conflict(f"You have a collection {name!r} already.", param="name")
+            if len(mine) >= self._settings.limits.collections_max:
+                raise QuotaExceeded(
+                    f"You have {len(mine)} collections already.", code="collections"
+                )
+            collection = Collection(
                 uuid.uuid4().hex,
                 caller.tenant,
                 name,
@@ -43,34 +55,53 @@ class CollectionFlow:
                 served.revision,
                 served.model.dimensions,
                 self._wall(),
-            ),
-        )
-        await self._upserter.ensure(CollectionSpec(collection.uuid, collection.dimensions))
-        return collection
+            )
+            await self._upserter.ensure(CollectionSpec(collection.uuid, collection.dimensions))
+            return await self._kept(collection)
+
+    async def _kept(self, collection: Collection) -> Collection:
+        try:
+            return await self._store.create_collection(new_op(), collection)
+        except Conflict:  # another request took the name meanwhile
+            await self._upserter.drop(collection.uuid)
+            raise
+
+    async def show(self, caller: Caller, name: str) -> Collection:
+        """The caller's collection. Raises NotFound, also for another tenant's."""
+        with self._charged(caller):
+            return await self.find(caller, name)
 
     async def find(self, caller: Caller, name: str) -> Collection:
         """The caller's collection. Raises NotFound, also for another tenant's."""
         collection = await self._store.find_collection(caller.tenant, name)
         if collection is None:
-            raise NotFound(f"You have no collection {name[:128]!r}.", code="collection_not_found")
+            raise _unknown(name)
         return collection
 
     async def list(self, caller: Caller) -> Sequence[Collection]:
         """The caller's collections, by name."""
-        return await self._store.list_collections(caller.tenant)
+        with self._charged(caller):
+            return await self._store.list_collections(caller.tenant)
 
     async def delete(self, caller: Caller, name: str) -> Collection:
         """Remove a collection with everything in it.
 
-        Found by nobody as soon as the Store has marked it; if we die before its records are
-        gone, the writer drops them when it starts.
+        Found by nobody as soon as the Store has marked it: that is the deletion. When its records
+        cannot be dropped now, the writer drops them when it starts.
         """
-        gone = await self._store.delete_collection(new_op(), caller.tenant, name)
-        if gone is None:
-            raise NotFound(f"You have no collection {name[:128]!r}.", code="collection_not_found")
-        await self._upserter.drop(gone.uuid)
-        await self._store.purge_collection(gone.uuid)
+        with self._charged(caller):
+            gone = await self._store.delete_collection(new_op(), caller.tenant, name)
+            if gone is None:
+                raise _unknown(name)
+        try:
+            await self._upserter.drop(gone.uuid)
+            await self._store.purge_collection(gone.uuid)
+        except ServiceError as error:
+            log.warning("collection %s is deleted but not yet dropped: %s", gone.uuid, error)
         return gone
+
+    def _charged(self, caller: Caller) -> AbstractContextManager[Permit]:
+        return self._quotas.admitted(caller, "interactive", tokens=0, now=self._clock())
 
     def servable(self, collection: Collection) -> None:
         """Refuse a collection whose model revision is not the one served now.
@@ -85,3 +116,7 @@ class CollectionFlow:
                 param="collection",
                 code="model_revision_changed",
             )
+
+
+def _unknown(name: str) -> NotFound:
+    return NotFound(f"You have no collection {name[:128]!r}.", code="collection_not_found")

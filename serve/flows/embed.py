@@ -20,7 +20,8 @@ TruncateSide = Literal["NONE", "START", "END"]
 class EmbedRequest:
     """What a caller wants: either `texts` or `ids` is set.
 
-    `truncate` says which side of too long an input may go: NONE refuses it instead.
+    `truncate` says which side of too long an input may go: NONE refuses it instead. `param` is
+    what an error calls an input, by its index.
     """
 
     model: str
@@ -28,6 +29,7 @@ class EmbedRequest:
     ids: Sequence[Sequence[int]] | None = None
     dimensions: int | None = None
     truncate: TruncateSide = "NONE"
+    param: str = "input[{}]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +87,9 @@ class EmbedFlow:
         work = Work(caller, request_id, "interactive", deadline_s)
         with self._quotas.admitted(caller, "interactive", tokens=tokens, now=now):
             reply = await self.run(work, served, ids)
-        if reply.failures:
-            index, failure = reply.failures[0]
-            raise _named(failure, index)
+            if reply.failures:  # inside: a fault of ours is refunded
+                index, failure = reply.failures[0]
+                raise named(failure, request.param.format(index))
         vectors = _cut(reply.vectors, size)
         return Embedded(vectors, tokens, cuts, reply.queue_ms, reply.infer_ms)
 
@@ -105,10 +107,11 @@ class EmbedFlow:
             if len(row) <= served.tokens_max:
                 continue
             if request.truncate == "NONE":
+                param = request.param.format(index)
                 raise BadInput(
-                    f"input[{index}] has {len(row)} tokens; the model {served.model.id} takes at "
-                    f"most {served.tokens_max}. Shorten it, or send truncate=END.",
-                    param=f"input[{index}]",
+                    f"{param} has {len(row)} tokens; the model {served.model.id} takes at most "
+                    f"{served.tokens_max}.",
+                    param=param,
                     code="context_length_exceeded",
                 )
             rows[index] = served.tokenizer.truncate(row, served.tokens_max, request.truncate)
@@ -137,7 +140,7 @@ class EmbedFlow:
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(one(*part)) for part in parts]
-        except* ServiceError as errors:
+        except ExceptionGroup as errors:  # the first failure; the other calls were cancelled
             raise errors.exceptions[0] from None
         return _joined([task.result() for task in tasks], [start for start, _ in parts])
 
@@ -164,7 +167,7 @@ def _token_rows(served: Served, request: EmbedRequest) -> list[TokenIds]:
         try:
             rows.append(served.tokenizer.accept_ids(row))
         except BadInput as error:
-            raise BadInput(error.message, param=f"input[{index}]", code=error.code) from None
+            raise named(error, request.param.format(index)) from None
     return rows
 
 
@@ -222,11 +225,11 @@ def _joined(replies: Sequence[EmbedReply], starts: Sequence[int]) -> EmbedReply:
     )
 
 
-def _named(failure: ServiceError, index: int) -> ServiceError:
+def named(failure: ServiceError, param: str) -> ServiceError:
     """The failure of one input as the failure of the request, naming the input."""
     return type(failure)(
-        f"input[{index}]: {failure.message}",
-        param=f"input[{index}]",
+        f"{param}: {failure.message}",
+        param=param,
         code=failure.code,
         retry_after_s=failure.retry_after_s,
     )

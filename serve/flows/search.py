@@ -9,10 +9,10 @@ import numpy as np
 from serve.errors import BadInput
 from serve.flows.collections import CollectionFlow
 from serve.flows.context import Context
-from serve.flows.embed import EmbedFlow, EmbedRequest
+from serve.flows.embed import EmbedFlow, EmbedRequest, Work, named
 from serve.index.filters import parse
 from serve.ports import Index
-from serve.records import Caller, Collection, Hit, Vector
+from serve.records import Caller, Collection, Hit, TokenIds, Vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,11 @@ class SearchFlow:
     async def search(
         self, caller: Caller, name: str, request: SearchRequest, request_id: str
     ) -> Found:
-        """The nearest chunks. Raises NotFound, BadInput, and what embedding the query raises."""
+        """The nearest chunks.
+
+        Raises NotFound, BadInput, QuotaExceeded, and what `ports.Embedder.embed` and the index
+        raise; a query that was not answered by our fault is refunded.
+        """
         if not 1 <= request.top_k <= self._settings.limits.top_k_max:
             raise BadInput(
                 f"top_k must be between 1 and {self._settings.limits.top_k_max}.", param="top_k"
@@ -63,36 +67,55 @@ class SearchFlow:
         if request.where is not None:
             where = parse(request.where, terms_max=self._settings.limits.filter_terms_max)
         collection = await self._collections.find(caller, name)
-        vector, tokens = await self._vector(caller, collection, request, request_id)
-        hits = await self._index.query(collection.uuid, vector, request.top_k, where)
-        return Found(hits, tokens)
+        if request.vector is not None:
+            vector = _unit(request.vector, collection.dimensions)
+            with self._quotas.admitted(caller, "interactive", tokens=0, now=self._clock()):
+                return Found(
+                    await self._index.query(collection.uuid, vector, request.top_k, where), 0
+                )
+        ids = await self._tokenised(collection, request.text or "")
+        with self._quotas.admitted(caller, "interactive", tokens=len(ids), now=self._clock()):
+            vector = await self._embedded(caller, collection, ids, request_id)
+            hits = await self._index.query(collection.uuid, vector, request.top_k, where)
+        return Found(hits, len(ids))
 
     async def count(self, collection: Collection) -> int:
         """Records of a collection."""
         return (await self._index.stats(collection.uuid)).records
 
-    async def _vector(
-        self, caller: Caller, collection: Collection, request: SearchRequest, request_id: str
-    ) -> tuple[Vector, int]:
-        if request.vector is not None:
-            vector = _checked(request.vector, collection.dimensions)
-            self._quotas.admit(caller, "interactive", tokens=0, now=self._clock())
-            return vector, 0
+    async def _tokenised(self, collection: Collection, text: str) -> TokenIds:
         self._collections.servable(collection)
-        prefix = self._models.find(collection.model).model.query_prefix
-        wanted = EmbedRequest(collection.model, texts=[prefix + (request.text or "")])
-        embedded = await self._embed.embed(caller, wanted, request_id)
-        return embedded.vectors[0], embedded.tokens
+        served = self._models.find(collection.model)
+        query = served.model.query_prefix + text
+        rows, _ = await self._embed.tokenise(
+            served, EmbedRequest(collection.model, texts=[query], param="text")
+        )
+        return rows[0]
+
+    async def _embedded(
+        self, caller: Caller, collection: Collection, ids: TokenIds, request_id: str
+    ) -> Vector:
+        work = Work(caller, request_id, "interactive", self._settings.limits.interactive_deadline_s)
+        reply = await self._embed.run(work, self._models.find(collection.model), [ids])
+        if reply.failures:
+            raise named(reply.failures[0][1], "text")
+        vector: Vector = reply.vectors[0]
+        return vector
 
 
-def _checked(values: Sequence[float], dimensions: int) -> Vector:
-    """A caller's own vector. Raises BadInput when it cannot be compared by cosine."""
+def _unit(values: Sequence[float], dimensions: int) -> Vector:
+    """A caller's own vector at unit length, so that neither its square nor its product overflows.
+
+    Raises BadInput when it cannot be compared by cosine.
+    """
     if len(values) != dimensions:
         raise BadInput(
             f"vector has {len(values)} dimensions, the collection {dimensions}.", param="vector"
         )
-    vector = np.asarray(values, np.float32)
-    norm = float(np.linalg.norm(vector.astype(np.float64)))
-    if not np.isfinite(norm) or norm == 0.0:
+    wide = np.asarray(values, np.float64)
+    largest = float(np.max(np.abs(wide)))
+    if not np.isfinite(largest) or largest == 0.0:
         raise BadInput("vector must be finite and not all zero.", param="vector")
-    return vector
+    wide = wide / largest  # 1e-300 and 1e300 alike: their squares would not be numbers
+    unit: Vector = (wide / np.linalg.norm(wide)).astype(np.float32)
+    return unit

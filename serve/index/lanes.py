@@ -154,7 +154,7 @@ class Lane:
 
     def _outrank_record(self, tombstone: Tombstone, losers: list[int]) -> None:
         record = self.records.get(tombstone.id)
-        if record is not None and record.write.generation <= tombstone.generation:
+        if record is not None:
             losers += record.tickets
             self.discard(record)
 
@@ -264,7 +264,7 @@ class Lane:
 
     def _cut(self, items_max: int, bytes_max: int) -> list[Entry]:
         # A record behind a tombstone of its id waits for it; if all do, the tombstones go first.
-        free = (entry for key, entry in self.records.items() if True)
+        free = (entry for key, entry in self.records.items() if key not in self.tombstones)
         entries: list[Entry] = []
         if isinstance(self._head().write, Record):
             entries = _fill(free, items_max, bytes_max)

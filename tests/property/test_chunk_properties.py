@@ -1,5 +1,7 @@
 """Chunks of any text, by a real tokenizer and by one token per byte."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -62,6 +64,6 @@ def test_chunks_of_whole_words_repeat_no_more_than_the_overlap(
 ) -> None:
     text, tokenizer = " ".join(words), TOKENIZERS["minilm"]
     chunks = chunk(text, tokenizer, sizes)
-    for left, right in zip(chunks, chunks[1:], strict=False):
+    for left, right in pairwise(chunks):
         assert tokenizer.count(text[right.start : left.end]) <= sizes.overlap
         assert tokenizer.count(left.text) >= 0.6 * sizes.tokens - 1

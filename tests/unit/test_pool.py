@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from serve.config import Batch, Model, Pool as PoolSettings, Settings
+from serve.config import Batch, Model, Settings
+from serve.config import Pool as PoolSettings
 from serve.embedding.fake import FakeEngine, Faults
 from serve.embedding.files import WEIGHTS, model_folder, revision, verify
 from serve.embedding.guard import checked

@@ -79,6 +79,21 @@ def test_spans_point_at_the_tokens_characters(minilm: Tokenizer, fake: Tokenizer
     assert [text[start:end] for start, end in fake.spans(text)] == ["Ä", "Ä", " ", "b"]
 
 
+@pytest.mark.parametrize("piece", ["turbine water ", "line of words\n", "unbroken"])
+def test_spans_of_a_long_text_are_those_of_its_whole(minilm: Tokenizer, piece: str) -> None:
+    text = piece * (150_000 // len(piece))
+    spans = minilm.spans(text)
+    whole = minilm._inner.encode(text, add_special_tokens=False).offsets
+    if piece == "unbroken":  # one unknown word, seen in stretches
+        assert spans.tolist() == [[0, 65_536], [65_536, 131_072], [131_072, len(text)]]
+    else:
+        assert spans.tolist() == [list(span) for span in whole]
+
+
+def test_spans_of_nothing(minilm: Tokenizer) -> None:
+    assert minilm.spans("").shape == (0, 2)
+
+
 def test_fake_is_one_token_per_byte(fake: Tokenizer) -> None:
     for text in TEXTS:
         assert fake.count(text) == len(text.encode())
