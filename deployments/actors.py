@@ -11,7 +11,7 @@ import importlib.metadata
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import ray
@@ -29,6 +29,12 @@ NAMESPACE = "headrace"
 STORE = "store"
 UPSERTER = "upserter"
 INGRESS_DEPLOYMENT = "ingress"
+
+CALLS_MAX = 1000
+"""Calls an actor works on at once; its own queues have their bounds in the settings."""
+
+START_S_MAX = 120.0
+"""Imports and the first open of the index took up to 20 s on two busy cores."""
 
 LOOK_EVERY_S = 2.0
 """How often an actor looks after itself and its application."""
@@ -51,26 +57,32 @@ def living(role: str) -> list[str]:
     ]
 
 
-def start(role: str, actor: Any, settings: Settings) -> None:
-    """Make the role's actor unless it lives already; older ones are asked to leave first.
+def start(actors: Mapping[str, Any], settings: Settings) -> None:
+    """Make each role's actor unless it lives already; blocks until all of them answer.
 
-    Blocks until it answers. Raises what its constructor raises.
+    Older ones leave first, in reverse order, because the Upserter drains into the Store. The new
+    ones start side by side: each costs seconds of imports. Raises what a constructor raises.
     """
-    name = name_of(role, settings)
-    for other in living(role):
-        if other != name:
-            retire(other, settings.actors.drain_s + LOOK_EVERY_S)
-    handle = actor.options(
-        name=name,
-        namespace=NAMESPACE,
-        lifetime="detached",
-        get_if_exists=True,
-        max_restarts=-1,
-        max_task_retries=-1,
-        max_concurrency=1000,
-        num_cpus=0,
-    ).remote(settings, int(time.time() * 1e3))
-    ray.get(handle.ready.remote(), timeout=settings.store.lock_wait_s + 60)
+    for role in reversed(actors):
+        for other in living(role):
+            if other != name_of(role, settings):
+                retire(other, settings.actors.drain_s + LOOK_EVERY_S)
+    seq = int(time.time() * 1e3)
+    handles = [
+        actor.options(
+            name=name_of(role, settings),
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            max_restarts=-1,
+            max_task_retries=-1,
+            max_concurrency=CALLS_MAX,
+            num_cpus=0,
+        ).remote(settings, seq)
+        for role, actor in actors.items()
+    ]
+    waits = [handle.ready.remote() for handle in handles]
+    ray.get(waits, timeout=settings.store.lock_wait_s + START_S_MAX)
 
 
 def retire(name: str, timeout_s: float) -> None:

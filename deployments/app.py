@@ -24,8 +24,7 @@ def build(args: Settings) -> Application:
     """
     data_dir = Path(os.environ.get(DATA_DIR, args.data_dir)).resolve()
     settings = args.model_copy(update={"data_dir": str(data_dir)})
-    start(STORE, StoreActor, settings)
-    start(UPSERTER, UpserterActor, settings)
+    start({STORE: StoreActor, UPSERTER: UpserterActor}, settings)
     embedders = {pool.name: _embedder(pool, settings) for pool in settings.pools}
     ingress = deployment(
         name=INGRESS_DEPLOYMENT,

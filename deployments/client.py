@@ -4,7 +4,7 @@ It repeats what the service asks to repeat (429 and 503 with `Retry-After`) and 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Self, cast
 from urllib.parse import quote, urlsplit
 
 import httpx
@@ -39,6 +39,11 @@ class Problem(Exception):
         self.wait_s = _retry_after_s(answer.headers)
         super().__init__(self.message)
 
+    @property
+    def away(self) -> bool:
+        """Whether the service as a whole did not serve, for as long as we waited."""
+        return self.again and self.status != httpx.codes.TOO_MANY_REQUESTS
+
     def __str__(self) -> str:
         """One line for a person."""
         return f"{self.message} ({self.status} {self.code}, request {self.request_id})"
@@ -72,7 +77,7 @@ class Client:
             transport=transport,
         )
 
-    def __enter__(self) -> "Client":
+    def __enter__(self) -> Self:
         """The client itself."""
         return self
 

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 from serve import config
 from serve.embedding.pool import Pool
@@ -43,6 +44,14 @@ class Embedder:
             self._task.result()
         if not self._batcher.healthy:
             raise ModelUnavailable("A model fails on its warm-up input.")
+
+    async def stats(self) -> dict[str, float]:
+        """What waits now, and counts since the replica started."""
+        waiting = {
+            "queued_tokens": self._batcher.queued_tokens,
+            "queued_items": self._batcher.queued_items,
+        }
+        return waiting | asdict(self._batcher.tally)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What autoscaling looks at: the cost that waits here."""

@@ -33,7 +33,11 @@ READY_CACHE_S = 1.0
 
 def make_app() -> FastAPI:
     """The app over the service that this replica's `Ingress` holds."""
-    return create_app(lambda: cast("Ingress", get_replica_context().servable_object).service)
+
+    def service() -> Service:
+        return cast("Ingress", get_replica_context().servable_object).service
+
+    return create_app(service, id_echoed=True)
 
 
 @ingress(make_app)

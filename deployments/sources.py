@@ -53,7 +53,10 @@ def documents(paths: Sequence[str], kind: Format = "auto") -> Iterator[Document]
         for document in _read(path, kind):
             for part in parts(document):
                 if part.id in seen:
-                    raise SourceError(f"{path}: the id {part.id!r} was there before")
+                    raise SourceError(
+                        f"{path}: there is another document with the id {part.id!r}; "
+                        "sources that share ids need collections of their own"
+                    )
                 seen.add(part.id)
                 yield part
 
@@ -194,7 +197,7 @@ def _index_line(line: str, where: str) -> tuple[str, int, int]:
 
 
 def _number(digits: str) -> int:
-    """dictd's numbers: base64 digits, the highest first."""
+    """A number as dictd writes it: base64 digits, the highest first."""
     value = 0
     for digit in digits:
         value = value * 64 + _DIGITS[digit]

@@ -17,8 +17,11 @@ from serve.errors import BadInput, Internal, MethodNotAllowed, NotFound, Service
 log = logging.getLogger("headrace.api")
 
 
-def create_app(service: Callable[[], Service]) -> FastAPI:
-    """All routes over one service, which `service` finds once requests come."""
+def create_app(service: Callable[[], Service], *, id_echoed: bool = False) -> FastAPI:
+    """All routes over one service, which `service` finds once requests come.
+
+    `id_echoed`: the server in front sets `x-request-id` on every reply itself, as Ray's does.
+    """
     app = FastAPI(
         title="Headrace",
         version="0.1.0",
@@ -30,7 +33,7 @@ def create_app(service: Callable[[], Service]) -> FastAPI:
     app.state.service = service
     for module in (health, embeddings, models, collections, documents, search):
         app.include_router(module.router)
-    app.add_middleware(Envelope, service=service)
+    app.add_middleware(Envelope, service=service, id_echoed=id_echoed)
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(HTTPException, _http_error)
     describe(app)

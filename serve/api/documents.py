@@ -3,7 +3,7 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
-from pydantic import FailFast, Field
+from pydantic import Field
 
 from serve.api.problems import problem_body
 from serve.api.service import RequestId, Served, Who
@@ -31,7 +31,9 @@ class DocumentBody(Body):
 class DocumentsBody(Body):
     """Documents to write: a document of the same id is replaced."""
 
-    documents: Annotated[list[DocumentBody], FailFast(), Field(min_length=1, max_length=LIST_MAX)]
+    documents: Annotated[
+        list[DocumentBody], Field(fail_fast=True, min_length=1, max_length=LIST_MAX)
+    ]
 
 
 class DeleteBody(Body):
@@ -39,8 +41,7 @@ class DeleteBody(Body):
 
     ids: Annotated[
         list[Annotated[str, Field(min_length=1)]],
-        FailFast(),
-        Field(min_length=1, max_length=LIST_MAX),
+        Field(fail_fast=True, min_length=1, max_length=LIST_MAX),
     ]
 
 

@@ -32,9 +32,12 @@ class Envelope:
     would lack these headers and which raises the error again for the server.
     """
 
-    def __init__(self, app: ASGIApp, *, service: Callable[[], Service]) -> None:
+    def __init__(
+        self, app: ASGIApp, *, service: Callable[[], Service], id_echoed: bool = False
+    ) -> None:
         self._app = app
         self._service = service
+        self._id_echoed = id_echoed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -45,7 +48,7 @@ class Envelope:
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = request_id
-        answer = _Answer(scope, send, self._service())
+        answer = _Answer(scope, send, self._service(), id_echoed=self._id_echoed)
         bytes_max = answer.context.settings.limits.body_bytes_max
         if _length(headers) > bytes_max:
             await respond(_too_large(bytes_max), scope["path"])(scope, receive, answer)
@@ -54,8 +57,8 @@ class Envelope:
             await self._app(scope, _bounded(receive, bytes_max), answer)
         except ClientDisconnect:
             log.info("request %s: the client left before its body was read", request_id)
-        except Exception as error:  # a named rim: a 500 without a traceback
-            log.error("request %s failed", request_id, exc_info=error)
+        except Exception:  # a named rim: a 500 without a traceback
+            log.exception("request %s failed", request_id)
             if answer.started:  # too late for a status: let the server cut the connection
                 raise
             failure = Internal(f"Internal error; quote the request id {request_id}.")
@@ -65,10 +68,11 @@ class Envelope:
 class _Answer:
     """`send` that adds our headers to the reply."""
 
-    def __init__(self, scope: Scope, send: Send, service: Service) -> None:
+    def __init__(self, scope: Scope, send: Send, service: Service, *, id_echoed: bool) -> None:
         self.context = service.context
         self.started = False
         self._state = scope["state"]
+        self._id_echoed = id_echoed
         self._send = send
         self._began = self.context.clock()
 
@@ -80,7 +84,8 @@ class _Answer:
 
     def _add(self, headers: MutableHeaders) -> None:
         now = self.context.clock()
-        headers["x-request-id"] = self._state["request_id"]
+        if not self._id_echoed:
+            headers["x-request-id"] = self._state["request_id"]
         headers["openai-processing-ms"] = str(round((now - self._began) * 1e3))
         if (who := self._state.get("caller")) is not None:
             klass: Klass = self._state.get("klass", "interactive")

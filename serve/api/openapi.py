@@ -6,6 +6,7 @@
 from typing import Any
 
 from fastapi import FastAPI
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from serve.api.problems import OPENAI_PATHS
@@ -24,7 +25,7 @@ def describe(app: FastAPI) -> None:
         named = schema["components"]["schemas"]
         for unused in ("HTTPValidationError", "ValidationError"):  # FastAPI's own 422
             named.pop(unused, None)
-        models = (*Body.__subclasses__(), OpenAIError, Problem)
+        models: tuple[type[BaseModel], ...] = (*Body.__subclasses__(), OpenAIError, Problem)
         _, found = models_json_schema([(one, "validation") for one in models], ref_template=REF)
         schema["components"]["schemas"] = dict(sorted({**named, **found["$defs"]}.items()))
         for path, operations in schema["paths"].items():

@@ -3,7 +3,7 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
-from pydantic import FailFast, Field
+from pydantic import Field
 
 from serve.api.service import RequestId, Served, Who
 from serve.api.shapes import SearchList
@@ -23,9 +23,9 @@ class SearchBody(Body):
     """
 
     text: Annotated[str, Field(min_length=1)] | None = None
-    vector: Annotated[list[float], FailFast(), Field(min_length=1, max_length=100_000)] | None = (
-        None
-    )
+    vector: (
+        Annotated[list[float], Field(fail_fast=True, min_length=1, max_length=100_000)] | None
+    ) = None
     top_k: Annotated[int, Field(ge=1)] = 10
     filter: dict[str, Any] | None = None
 

@@ -126,7 +126,7 @@ class Batcher:
         A call above a cap may wait when nothing else does, for it could never pass otherwise.
         """
         if not self.healthy:
-            raise ModelUnavailable("The model has failed; its replica restarts.", retry_after_s=5)
+            raise _gone()
         if len(call.tokens) != len(call.inputs):
             raise Internal(f"{len(call.tokens)} token counts for {len(call.inputs)} inputs.")
         queue = self._queue
@@ -205,7 +205,7 @@ class Batcher:
         """Nothing will be served any more: say so to everyone who waits, and to the owner."""
         self.healthy = False
         for pending in self._calls:
-            pending.fail(ModelUnavailable("The model has failed.", retry_after_s=5))
+            pending.fail(_gone())
 
     def _hand_out(self) -> list[Member]:
         """Slices of one model in fair order, bounded in predicted milliseconds."""
@@ -254,19 +254,27 @@ class Batcher:
         try:
             vectors, bad = await self._forward(members)
         except Exception as error:  # noqa: BLE001  a named rim: any runtime may raise anything
-            await self._recover(members, error, again=again)
+            failure = error.with_traceback(None)  # its frames hold the batch's tensors
+        else:
+            await self._deliver(members, vectors, bad, again=again)
             return
+        await self._recover(members, failure, again=again)
+
+    async def _deliver(
+        self, members: list[Member], vectors: Vector, bad: frozenset[int], *, again: bool
+    ) -> None:
+        """Hand rows to their calls; a row without a usable vector is tried once more, alone."""
         now = self._clock()
         for row, (pending, index) in enumerate(members):
             if row not in bad:
                 pending.put(index, vectors[row])
                 pending.finish(now)
-        for row in bad:
+        for row in sorted(bad):
             if len(members) > 1:
                 await self._embed([members[row]], again=True)
             else:
-                error = PoisonInput(UNUSABLE, code="vector_not_finite")
-                await self._recover(members, error, again=again)
+                unusable = PoisonInput(UNUSABLE, code="vector_not_finite")
+                await self._recover(members, unusable, again=again)
 
     async def _recover(self, members: list[Member], error: Exception, *, again: bool) -> None:
         """Halve a failed batch and repeat it; find out who is at fault for a single input.
@@ -348,6 +356,10 @@ def _called(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         return function(*args, **kwargs)
     except StopIteration as error:
         raise RuntimeError("the engine raised StopIteration") from error
+
+
+def _gone() -> ModelUnavailable:
+    return ModelUnavailable("The model's replica has failed or is leaving.", retry_after_s=5)
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -7,9 +7,10 @@ version no longer has are deleted after the new ones have landed. A repeat overw
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Literal
 
 from serve.config import Settings
@@ -110,16 +111,18 @@ class IngestFlow:
         target = await self._target(caller, name, request_id)
         prepared = await self._prepare(target.served, documents)
         tokens = sum(one.tokens for one in prepared)
-        with self._quotas.admitted(caller, "bulk", tokens=tokens, now=self._clock()):
+        with self._quotas.admitted(caller, "bulk", tokens=tokens, now=self._clock()) as permit:
             versions = await self._store.begin_documents(
                 new_op(),
                 target.collection.uuid,
                 [DocumentWrite(one.document.id, len(one.chunks)) for one in prepared],
             )
             results = await self._land_all(target, list(zip(prepared, versions, strict=True)))
-            errors = [result.error for result in results if result.error is not None]
-            if errors and len(errors) == len(results) and errors[0].refundable:
-                raise errors[0]
+            ours = {r.document: r.error for r in results if r.error and r.error.refundable}
+            if len(ours) == len(results):
+                raise next(iter(ours.values()))
+            paid = sum(one.tokens for one in prepared if one.document.id not in ours)
+            self._quotas.settle(permit, tokens=paid)
         return results
 
     async def delete(
@@ -127,17 +130,13 @@ class IngestFlow:
     ) -> list[DocumentResult]:
         """Delete documents by id; `absent` for those that did not exist."""
         collection = await self._collections.find(caller, name)
-        self._quotas.admit(caller, "bulk", tokens=0, now=self._clock())
-        versions = await self._store.delete_documents(new_op(), collection.uuid, documents)
-        stale = [
-            stone for version in versions for stone in _tombstones(collection, version, start=0)
-        ]
-        outcomes = await self._offer(collection, stale)
-        _all_landed(outcomes)
-        gone = [version for version in versions if version.generation > 0]
-        await self._store.settle_documents(
-            collection.uuid, [(version.document, version.generation, 0) for version in gone]
-        )
+        with self._quotas.admitted(caller, "bulk", tokens=0, now=self._clock()):
+            versions = await self._store.delete_documents(new_op(), collection.uuid, documents)
+            await self._erase(collection, [(version, 0) for version in versions])
+            gone = [version for version in versions if version.generation > 0]
+            await self._store.settle_documents(
+                collection.uuid, [(version.document, version.generation, 0) for version in gone]
+            )
         return [
             DocumentResult(
                 version.document,
@@ -185,19 +184,19 @@ class IngestFlow:
     ) -> list[DocumentResult]:
         """Groups of about one embedder call each, a few at once, all under one deadline."""
         gate = asyncio.Semaphore(self._settings.ingress.slices_in_flight_max)
+        until = asyncio.get_running_loop().time() + self._settings.limits.bulk_deadline_s
 
         async def guarded(
             group: Sequence[tuple[Prepared, DocumentVersion]],
         ) -> list[DocumentResult]:
-            async with gate:
-                try:
-                    async with asyncio.timeout(self._settings.limits.bulk_deadline_s):
-                        return await self._land(target, group)
-                except TimeoutError:
-                    error: ServiceError = DeadlineExceeded("The documents took too long.")
-                except ServiceError as failure:
-                    error = failure
-                return [_failed(one, version, error) for one, version in group]
+            try:
+                async with asyncio.timeout_at(until), gate:
+                    return await self._land(target, group)
+            except TimeoutError:
+                error: ServiceError = DeadlineExceeded("It was not written in time.")
+            except ServiceError as failure:
+                error = failure
+            return [_failed(one, version, error) for one, version in group]
 
         async with asyncio.TaskGroup() as tasks:
             running = [
@@ -245,22 +244,37 @@ class IngestFlow:
         landed = [
             (one, version) for one, version in group if results[one.document.id].status == "indexed"
         ]
-        stale = [
-            stone
-            for one, version in landed
-            for stone in _tombstones(collection, version, start=len(one.chunks))
-        ]
-        _all_landed(await self._offer(collection, stale))
+        await self._erase(collection, [(version, len(one.chunks)) for one, version in landed])
         await self._store.settle_documents(
             collection.uuid,
             [(one.document.id, version.generation, len(one.chunks)) for one, version in landed],
         )
 
-    async def _offer(self, collection: Collection, writes: Sequence[Write]) -> Sequence[Outcome]:
-        if not writes:
-            return ()
+    async def _erase(
+        self, collection: Collection, stale: Sequence[tuple[DocumentVersion, int]]
+    ) -> None:
+        """Delete every ordinal from the one given that an earlier generation may have left."""
+        stones = (
+            Tombstone(
+                _record_id(collection, version.document, ordinal),
+                version.document,
+                version.generation,
+            )
+            for version, start in stale
+            for ordinal in range(start, version.chunks_max)
+        )
+        _all_landed(await self._offer(collection, stones))
+
+    async def _offer(self, collection: Collection, writes: Iterable[Write]) -> list[Outcome]:
+        """Land writes, one bulk upsert's worth after the other: a document may have 20,000 chunks,
+        and a delete may name a thousand such documents.
+        """
+        outcomes: list[Outcome] = []
+        waiting = iter(writes)
         deadline_s = self._settings.limits.bulk_deadline_s
-        return await self._upserter.offer(collection.uuid, writes, deadline_s)
+        while part := list(islice(waiting, self._settings.index.max_items)):
+            outcomes += await self._upserter.offer(collection.uuid, part, deadline_s)
+        return outcomes
 
 
 def _prepare(served: Served, document: Document, settings: Settings) -> Prepared:
@@ -307,16 +321,6 @@ def _records(
             metadata=one.document.metadata,
         )
         for position, piece in enumerate(one.chunks)
-    ]
-
-
-def _tombstones(collection: Collection, version: DocumentVersion, *, start: int) -> list[Tombstone]:
-    """Deletes for every ordinal from `start` that an earlier generation may have left."""
-    return [
-        Tombstone(
-            _record_id(collection, version.document, ordinal), version.document, version.generation
-        )
-        for ordinal in range(start, version.chunks_max)
     ]
 
 

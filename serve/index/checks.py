@@ -11,6 +11,9 @@ from serve.index.filters import as_number
 from serve.records import Record, Tombstone, Vector
 
 
+SQUARES_MIN, SQUARES_MAX = 1e-36, 1e37
+"""Norm squared. Indexes compute it in float32, where 1e-45 is zero and 1e39 infinite."""
+
 W = TypeVar("W", Record, Tombstone)
 
 NAMESPACE = re.compile(r"[0-9a-f]{32}")
@@ -61,11 +64,13 @@ def _problem(record: Record, dimensions: int) -> str | None:
 def _vector_problem(vector: Vector, dimensions: int) -> str | None:
     if vector.shape != (dimensions,):
         return f"has shape {vector.shape}, not ({dimensions},)"
-    # float64: the square of a large float32 overflows. A NaN or infinity stays one.
-    squares = float(np.dot(vector.astype(np.float64), vector.astype(np.float64)))
+    wide = vector.astype(np.float64)
+    squares = float(np.dot(wide, wide))
     if not np.isfinite(squares):
         return "holds a value that is not finite"
-    return None if squares > 0 else "has norm zero"
+    if squares == 0:
+        return "has norm zero"
+    return None if SQUARES_MIN <= squares <= SQUARES_MAX else "has a norm beyond float32"
 
 
 def _is_unicode(text: str) -> bool:

@@ -154,7 +154,7 @@ class Lane:
 
     def _outrank_record(self, tombstone: Tombstone, losers: list[int]) -> None:
         record = self.records.get(tombstone.id)
-        if record is not None:
+        if record is not None and record.write.generation <= tombstone.generation:
             losers += record.tickets
             self.discard(record)
 

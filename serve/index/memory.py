@@ -1,5 +1,5 @@
-"""The exact twin: a numpy matrix in this process. Oracle of the contract suite, and what runs when
-`index.backend` is `memory`; other processes do not see it.
+"""The exact twin: a numpy matrix in this process, for tests. Oracle of the contract suite; other
+processes do not see it.
 
 A namespace that does not exist reads as empty, as in every backend: whether a collection exists
 is the Store's answer.

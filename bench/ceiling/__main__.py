@@ -1,0 +1,169 @@
+"""The whole service in one process, without Ray: what Ray's price is judged against.
+
+    python -m bench.ceiling --config config.yaml --data-dir FOLDER --port 8001
+
+Same API, tokenizer, quotas, keys, fair queue, batcher and engines as the service; only the proxy,
+the handle calls and the processes between are missing. It keeps its index in memory.
+"""
+
+import argparse
+import asyncio
+import random
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import uvicorn
+import uvloop
+
+from deployments.places import DeployFile
+from serve.admission.keys import Door
+from serve.admission.quotas import Quotas
+from serve.api.app import create_app
+from serve.api.service import Service
+from serve.config import Pool as PoolSettings
+from serve.config import Settings
+from serve.embedding.pool import Pool
+from serve.flows.batching import Batcher
+from serve.flows.collections import CollectionFlow
+from serve.flows.context import Context
+from serve.flows.embed import EmbedFlow
+from serve.flows.ingest import IngestFlow
+from serve.flows.models import Models
+from serve.flows.search import SearchFlow
+from serve.index.memory import MemoryIndex
+from serve.index.writer import Writer
+from serve.jobs.owner import StoreOwner
+from serve.records import EmbedCall, EmbedReply
+
+
+UPSERTER = "upserter"
+
+
+class InProcess:
+    """`ports.Embedder` without a handle between."""
+
+    def __init__(self, batcher: Batcher) -> None:
+        self.batcher = batcher
+
+    @classmethod
+    async def load(cls, settings: PoolSettings, whole: Settings) -> "InProcess":
+        """Load and warm the pool's models."""
+        executor = ThreadPoolExecutor(1, "model")
+        pool = Pool(settings, clock=time.monotonic)
+        await asyncio.get_running_loop().run_in_executor(executor, pool.load)
+        return cls(
+            Batcher(
+                pool,
+                [model.id for model in settings.models],
+                admission=whole.admission,
+                batch=settings.batch,
+                executor=executor,
+                clock=time.monotonic,
+            )
+        )
+
+    async def embed(self, call: EmbedCall) -> EmbedReply:
+        """See `serve.ports.Embedder`."""
+        return await self.batcher.submit(call)
+
+    async def ready(self) -> bool:
+        """See `serve.ports.Embedder`."""
+        return self.batcher.healthy
+
+
+class Ceiling:
+    """Everything of one process; `run` serves until the process is told to end."""
+
+    def __init__(
+        self, settings: Settings, embedders: Mapping[str, InProcess], store: StoreOwner, epoch: int
+    ) -> None:
+        self._embedders = embedders
+        self._index = MemoryIndex(settings.index)
+        self._writer = Writer(
+            self._index,
+            store,
+            name=UPSERTER,
+            epoch=epoch,
+            settings=settings.buffer,
+            clock=time.monotonic,
+            rng=random.Random(),
+        )
+        self._service = self._wire(settings, store)
+
+    @classmethod
+    async def open(cls, settings: Settings, store: StoreOwner) -> "Ceiling":
+        """Load every pool, one after the other."""
+        embedders = {pool.name: await InProcess.load(pool, settings) for pool in settings.pools}
+        return cls(settings, embedders, store, await store.take_epoch(UPSERTER, 1))
+
+    def _wire(self, settings: Settings, store: StoreOwner) -> Service:
+        """As `deployments.ingress` does it on a replica."""
+        context = Context(
+            settings,
+            Models.open(settings, self._embedders),
+            Quotas(
+                settings.admission.tiers,
+                replicas=1,
+                tenants_max=settings.admission.tenants_tracked_max,
+            ),
+            ThreadPoolExecutor(settings.ingress.tokenizer_threads, "tokenizer"),
+            time.monotonic,
+            time.time,
+        )
+        embed = EmbedFlow(context)
+        collections = CollectionFlow(context, store, self._writer)
+        return Service(
+            context,
+            Door(store, settings.admission, clock=time.monotonic),
+            embed,
+            collections,
+            IngestFlow(context, collections, embed, store, self._writer),
+            SearchFlow(context, collections, embed, self._index),
+            self._ready,
+        )
+
+    async def _ready(self) -> Mapping[str, bool]:
+        return {name: await one.ready() for name, one in self._embedders.items()}
+
+    async def run(self, port: int) -> None:
+        """Serve on 127.0.0.1 until SIGTERM or SIGINT."""
+        config = uvicorn.Config(
+            create_app(lambda: self._service), port=port, log_level="warning", access_log=False
+        )
+        async with asyncio.TaskGroup() as group:
+            work = [one.batcher.run() for one in self._embedders.values()]
+            tasks = [group.create_task(one) for one in (*work, self._writer.run())]
+            await uvicorn.Server(config).serve()
+            for task in tasks:
+                task.cancel()
+
+
+async def serve(settings: Settings, folder: Path, port: int) -> None:
+    """Own the Store and serve; the Store is closed in the end."""
+    store = await asyncio.to_thread(
+        StoreOwner, folder / settings.store.path, settings.store, time.time
+    )
+    try:
+        await (await Ceiling.open(settings, store)).run(port)
+    finally:
+        store.close()
+
+
+def main() -> None:
+    """Read the options and serve."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, default=Path("config.yaml"), help="deploy file")
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder of the Store")
+    parser.add_argument("--port", type=int, default=8001)
+    options = parser.parse_args()
+    settings = DeployFile.read(options.config).settings
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve(settings, options.data_dir, options.port))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""A local Ray cluster that lives as long as this process. The only place that starts one.
+
+Import it after the environment is set: Ray reads much of it on import.
+"""
+
+import asyncio
+import logging
+import math
+import os
+import signal
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from types import FrameType
+
+import ray
+import ray.serve
+import yaml
+from ray.serve.schema import ApplicationStatus
+from ray.serve.scripts import cli as serve_command
+
+from deployments.actors import NAMESPACE, STORE, UPSERTER, living, retire
+from deployments.client import ready
+from deployments.handles import StorePort
+from deployments.places import Claim, Cluster, DeployFile, NotRunning, StartFailed
+from serve.admission.keys import new_key
+from serve.config import Settings
+from serve.records import Key
+
+
+LOOK_EVERY_S = 0.5
+"""Between two looks at a service that is starting."""
+
+BROKEN = frozenset({ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY})
+
+
+@contextmanager
+def running(file: DeployFile, claim: Claim, *, temp_dir: Path | None) -> Iterator[str]:
+    """A cluster with the application submitted to it; everything is gone afterwards.
+
+    Yields the dashboard's URL. SIGTERM arrives as KeyboardInterrupt. Raises StartFailed.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        dashboard = _start(file, temp_dir)
+        signal.signal(signal.SIGTERM, _interrupt)  # Ray has put its own in between
+        address = ray.get_runtime_context().gcs_address
+        claim.announce(Cluster(address, os.getpid(), file.url))
+        _deploy(file)
+        yield dashboard
+    finally:
+        _stop(file.settings)
+
+
+def wait_ready(file: DeployFile, timeout_s: float, say: Callable[[str], None]) -> None:
+    """Return once the service answers that it is ready. Raises StartFailed."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        application = ray.serve.status().applications.get(file.application)
+        if application is not None:
+            if application.status in BROKEN:
+                word = application.status.value
+                raise StartFailed(f"the application is {word}:\n{application.message.strip()}")
+            if application.status == ApplicationStatus.RUNNING and ready(file.url):
+                return
+            parts = [f"{name} {one.status.value}" for name, one in application.deployments.items()]
+            say(", ".join(parts) or application.status.value)
+        time.sleep(LOOK_EVERY_S)
+    raise StartFailed(f"the service was not ready after {timeout_s:.0f} s; see --timeout")
+
+
+@contextmanager
+def connected(address: str) -> Iterator[None]:
+    """A connection to a cluster that runs. Raises NotRunning."""
+    try:
+        ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise NotRunning(f"no Ray cluster at {address}: {error}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def create_keys(
+    settings: Settings, wanted: Sequence[tuple[str, str]], *, first_only: bool = False
+) -> list[tuple[Key, str]]:
+    """A key per (tenant, tier), with the text that is never shown again.
+
+    With `first_only`, none when the Store holds keys already. Raises ServiceError.
+    """
+
+    async def create() -> list[tuple[Key, str]]:
+        store = StorePort(settings)
+        if first_only and await store.list_keys():
+            return []
+        made = [new_key(tenant, tier, time.time()) for tenant, tier in wanted]
+        for key, _ in made:
+            await store.create_key(uuid.uuid4().hex, key)
+        return made
+
+    return asyncio.run(create())
+
+
+def list_keys(settings: Settings) -> list[Key]:
+    """Every live key. Raises ServiceError."""
+
+    async def listed() -> list[Key]:
+        return list(await StorePort(settings).list_keys())
+
+    return asyncio.run(listed())
+
+
+def _start(file: DeployFile, temp_dir: Path | None) -> str:
+    """Logical CPUs are book-keeping: twice the need, so that a redeploy finds room."""
+    need = sum(pool.replicas * pool.cpus for pool in file.settings.pools)
+    try:
+        context = ray.init(
+            address="local",
+            num_cpus=2 * math.ceil(need),
+            namespace=NAMESPACE,
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=None if temp_dir is None else str(temp_dir.resolve()),
+        )
+    except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
+        raise StartFailed(f"Ray did not start: {error}") from None
+    return f"http://{context.dashboard_url}"
+
+
+def _deploy(file: DeployFile) -> None:
+    """Through Serve's own command, as a user would: it leaves the cluster as it finds it."""
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
+        path = Path(folder) / file.path.name
+        path.write_text(yaml.safe_dump(dict(file.raw), sort_keys=False), encoding="utf-8")
+        root = Path(__file__).parent.parent
+        arguments = ["run", "--non-blocking", "--app-dir", str(root), str(path)]
+        try:
+            serve_command.main(arguments, standalone_mode=False)
+        except SystemExit:  # it has printed why
+            raise StartFailed("Serve did not take the deploy file") from None
+
+
+def _stop(settings: Settings) -> None:
+    """Let requests end, the writer flush and the Store close its file; then end the cluster."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if ray.is_initialized():
+        ray.serve.shutdown()  # type: ignore[no-untyped-call]
+        for role in (UPSERTER, STORE):
+            for name in living(role):
+                retire(name, settings.actors.drain_s)
+    ray.shutdown()
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,178 @@
+"""What a local cluster is started from and where commands find it. Nothing here imports Ray."""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import ValidationError
+
+from serve.config import Settings
+
+
+DATA_DIR = "HEADRACE_DATA_DIR"
+"""Environment variable that overrides `data_dir`; `deployments.app` reads it on the cluster."""
+
+PROFILES: Mapping[str, Mapping[str, str]] = {
+    "default": {},
+    "fast": {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"},
+}
+"""Profile -> environment that Ray Serve reads when it is imported."""
+
+
+class PlaceError(Exception):
+    """A file, folder, port or cluster is not as it must be; the message is for a person."""
+
+
+class NotRunning(PlaceError):
+    """There is no cluster to talk to."""
+
+
+class StartFailed(PlaceError):
+    """The cluster or the application did not start."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeployFile:
+    """A Ray Serve deploy file with one application: ours."""
+
+    path: Path
+    raw: Mapping[str, Any]
+    settings: Settings
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Load and check it. Raises PlaceError that names the first key at fault."""
+        try:
+            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise PlaceError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+        try:
+            (application,) = raw["applications"]
+            settings = Settings.model_validate(application.get("args") or {})
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise PlaceError(f"{path}: args.{place}: {first['msg']}") from None
+        except (TypeError, KeyError, ValueError, AttributeError):
+            raise PlaceError(f"{path} must hold exactly one application") from None
+        http = raw.get("http_options") or {}
+        if not isinstance(http, dict) or not isinstance(http.get("port", 8000), int):
+            raise PlaceError(f"{path}: http_options.port must be a number")
+        return cls(path, raw, settings)
+
+    def with_port(self, port: int | None) -> "DeployFile":
+        """The same file with another HTTP port."""
+        if port is None:
+            return self
+        http = {**(self.raw.get("http_options") or {}), "port": port}
+        return replace(self, raw={**self.raw, "http_options": http})
+
+    @property
+    def application(self) -> str:
+        """Name of the application."""
+        return str(self.raw["applications"][0].get("name", "default"))
+
+    @property
+    def host(self) -> str:
+        """Address the service listens on."""
+        return str((self.raw.get("http_options") or {}).get("host", "127.0.0.1"))
+
+    @property
+    def port(self) -> int:
+        """Port the service listens on."""
+        return int((self.raw.get("http_options") or {}).get("port", 8000))
+
+    @property
+    def url(self) -> str:
+        """Where this machine reaches it."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)  # noqa: S104
+        return f"http://{host}:{self.port}"
+
+    def data_dir(self, chosen: str | None) -> Path:
+        """The folder of everything durable: `chosen`, the environment's, or the file's own."""
+        return Path(chosen or os.environ.get(DATA_DIR) or self.settings.data_dir).resolve()
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises PlaceError when the service could not listen there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            reason = os.strerror(error.errno or 0).lower()
+            raise PlaceError(f"{host}:{port}: {reason}; choose another with --port") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """A running local cluster: Ray's address, the process that holds it, and the service's URL."""
+
+    address: str
+    pid: int
+    url: str
+
+
+class Claim:
+    """The file `cluster.json` of a data folder, locked as long as its cluster runs.
+
+    The lock, not the file, says that a cluster lives: the kernel drops it with the process.
+    """
+
+    def __init__(self, file: Any, path: Path) -> None:
+        self._file = file
+        self._path = path
+
+    def announce(self, cluster: Cluster) -> None:
+        """Tell other commands where the cluster is."""
+        self._file.seek(0)
+        self._file.truncate()
+        json.dump({"address": cluster.address, "pid": cluster.pid, "url": cluster.url}, self._file)
+        self._file.flush()
+
+    @classmethod
+    @contextmanager
+    def take(cls, folder: Path) -> Iterator[Self]:
+        """Hold the folder. Raises PlaceError when a cluster runs over it already."""
+        path = folder / "cluster.json"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise PlaceError(f"{folder} cannot be written: {error.strerror}") from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise PlaceError(f"another headrace runs over {folder}") from None
+            file.truncate(0)
+            try:
+                yield cls(file, path)
+            finally:
+                path.unlink(missing_ok=True)
+
+
+def find_cluster(folder: Path) -> Cluster:
+    """The cluster that runs over a data folder. Raises NotRunning when there is none."""
+    path = folder / "cluster.json"
+    nothing = NotRunning(f"no headrace runs over {folder}; start one, or give --address")
+    try:
+        with path.open(encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:  # held: it lives
+                found = json.load(file)
+                return Cluster(found["address"], found["pid"], found["url"])
+    except FileNotFoundError:
+        raise nothing from None
+    except ValueError:
+        raise NotRunning(f"the headrace over {folder} is still starting") from None
+    raise nothing

@@ -1,0 +1,323 @@
+"""The whole service in one process: everything but Ray, on the fake engine and in-memory index.
+
+Every reply that passes through a client of these fixtures is compared with our own OpenAPI.
+"""
+
+import asyncio
+import json
+import random
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import httpx2
+import jsonschema_rs
+import openai
+import pytest
+from fastapi import FastAPI
+
+from serve.admission.keys import Door, new_key
+from serve.admission.quotas import Quotas
+from serve.api.app import create_app
+from serve.api.service import Service
+from serve.config import Admission, Buffer, Chunking, Limits, Model, Settings, Store, Tier
+from serve.config import Pool as PoolSettings
+from serve.embedding.fake import FakeEngine, Faults
+from serve.embedding.pool import Pool
+from serve.embedding.tokenizer import Tokenizer
+from serve.errors import ServiceError
+from serve.flows.batching import Batcher
+from serve.flows.collections import CollectionFlow
+from serve.flows.context import Context
+from serve.flows.embed import EmbedFlow
+from serve.flows.ingest import IngestFlow
+from serve.flows.models import Models
+from serve.flows.search import SearchFlow
+from serve.index.memory import MemoryIndex
+from serve.index.writer import Writer
+from serve.jobs.owner import StoreOwner
+from serve.ports import Keys
+from serve.records import EmbedCall, EmbedReply, Key
+
+
+PLAIN = Model(id="plain", engine="fake", dimensions=16, tokens_max=64, created=7)
+NESTED = Model(id="org/nested", engine="fake", dimensions=32, tokens_max=64, matryoshka=True)
+
+POISON, NOT_FINITE = "poison", "not finite"
+"""Texts on which the model fails, and for which it returns NaN."""
+
+
+def tier(scale: int, **changes: Any) -> Tier:
+    """Tokens of the fake models are bytes, plus two for each input."""
+    values: dict[str, Any] = {
+        "weight": min(scale, 1000),
+        "requests_per_minute": 60 * scale,
+        "requests_burst": 10 * scale,
+        "tokens_per_minute": 600 * scale,
+        "tokens_burst": 100 * scale,
+        "bulk_tokens_per_minute": 600 * scale,
+        "bulk_tokens_burst": 200 * scale,
+        "queued_tokens_max": 1_000_000,
+    }
+    return Tier(**{**values, **changes})
+
+
+TIERS = {"free": tier(1), "premium": tier(100), "enterprise": tier(100_000)}
+OWNERS = {
+    "free": ("frugal", "free"),
+    "premium": ("acme", "premium"),
+    "enterprise": ("mighty", "enterprise"),
+    "other": ("stranger", "premium"),
+}
+"""Who a client is -> tenant and tier of its key."""
+
+
+def small(**changes: Any) -> Settings:
+    """Settings of the tests: two fake models, tiers of round figures, no waiting for writes."""
+    values: dict[str, Any] = {
+        "pools": (PoolSettings(models=(PLAIN, NESTED)),),
+        "admission": Admission(tiers=TIERS),
+        "chunking": Chunking(tokens=32, overlap=8),
+        "buffer": Buffer(age_s_start=0.001, age_s_min=0.001),
+    }
+    return Settings(**{**values, **changes})
+
+
+class LocalEmbedder:
+    """Implements `ports.Embedder` over a batcher in this process; `fault` is raised instead."""
+
+    def __init__(self, batcher: Batcher) -> None:
+        self.batcher = batcher
+        self.calls: list[EmbedCall] = []
+        self.fault: Exception | None = None
+        self.before: Callable[[], Awaitable[None]] | None = None
+
+    async def embed(self, call: EmbedCall) -> EmbedReply:
+        self.calls.append(call)
+        if self.before is not None:
+            await self.before()
+        if self.fault is not None:
+            raise self.fault
+        return await self.batcher.submit(call)
+
+    async def ready(self) -> bool:
+        return self.batcher.healthy
+
+
+class Sabotage:
+    """Any port, of which named methods raise instead."""
+
+    def __init__(self, port: object) -> None:
+        self._port = port
+        self.faults: dict[str, Exception] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.faults:
+            return self._fail
+        return getattr(self._port, name)
+
+    async def _fail(self, *_: object) -> None:
+        raise next(iter(self.faults.values()))
+
+
+@dataclass
+class Whole:
+    """A running service and the ways in."""
+
+    app: FastAPI
+    service: Service
+    clock: Any
+    embedder: LocalEmbedder
+    store: Sabotage
+    upserter: Sabotage
+    index: MemoryIndex
+    keys: Mapping[str, str]
+    stack: AsyncExitStack = field(repr=False)
+    tasks: list["asyncio.Task[None]"] = field(default_factory=list)
+
+    async def client(self, who: str | None = "premium") -> httpx.AsyncClient:
+        """A client with the key of one of `OWNERS`, or without a key."""
+        headers = {} if who is None else {"authorization": f"Bearer {self.keys[who]}"}
+        return await self.stack.enter_async_context(
+            httpx.AsyncClient(
+                transport=httpx.ASGITransport(self.app),
+                base_url="http://service",
+                headers=headers,
+                event_hooks={"response": [Conformance(self.app)]},
+            )
+        )
+
+    async def openai(self, who: str = "premium", **options: Any) -> openai.AsyncOpenAI:
+        """The official client, without retries unless `options` say otherwise."""
+        http = httpx2.AsyncClient(transport=httpx2.ASGITransport(self.app))
+        return await self.stack.enter_async_context(
+            openai.AsyncOpenAI(
+                base_url="http://service/v1",
+                http_client=http,
+                **{"api_key": self.keys.get(who, who), "max_retries": 0, **options},
+            )
+        )
+
+
+class Conformance:
+    """Compares a reply with what OpenAPI says of its route and status."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self._openapi = app.openapi()
+
+    async def __call__(self, response: httpx.Response) -> None:
+        await response.aread()
+        assert response.headers["x-request-id"]
+        assert "Traceback" not in response.text
+        schema = self._schema(response)
+        if schema is not None:
+            whole = {**schema, "components": self._openapi["components"]}
+            jsonschema_rs.validate(whole, json.loads(response.content))
+
+    def _schema(self, response: httpx.Response) -> dict[str, Any] | None:
+        for template, operations in self._openapi["paths"].items():
+            operation = operations.get(response.request.method.lower())
+            pattern = re.sub(r"\{model_id\}", ".*", re.sub(r"\{name\}", "[^/]*", template))
+            if operation is not None and re.fullmatch(pattern, response.request.url.path):
+                known = operation["responses"]
+                media = known.get(str(response.status_code), known.get("default"))["content"]
+                return media[response.headers["content-type"]]["schema"]
+        return None
+
+
+async def make_keys(store: Keys) -> dict[str, str]:
+    texts = {}
+    for who, (tenant, tier_name) in OWNERS.items():
+        key, texts[who] = new_key(tenant, tier_name, now=0.0)
+        await store.create_key(f"key-{who}", key)
+    return texts
+
+
+def faulty(model: Model, _: PoolSettings) -> FakeEngine:
+    tokenizer = Tokenizer.open(model)
+
+    def row(text: str) -> frozenset[tuple[int, ...]]:
+        return frozenset({tuple(tokenizer.encode([text])[0].tolist())})
+
+    return FakeEngine(model, faults=Faults(poison=row(POISON), not_finite=row(NOT_FINITE)))
+
+
+@dataclass
+class Builder:
+    """Makes services; each ends with the test."""
+
+    stack: AsyncExitStack
+    folder: Path
+    clock: Any
+    made: int = 0
+
+    async def __call__(self, *, serving: bool = True, **changes: Any) -> Whole:
+        """`changes` are of the settings; the model runs only when `serving`."""
+        settings = small(**changes)
+        self.made += 1
+        owner = StoreOwner(self.folder / f"{self.made}.db", Store(), self.clock)
+        self.stack.callback(owner.close)
+        store, index = Sabotage(owner), MemoryIndex(settings.index)
+        writer = Writer(
+            index,
+            owner,
+            name="upserter",
+            epoch=await owner.take_epoch("upserter", 1),
+            settings=settings.buffer,
+            clock=time.monotonic,
+            rng=random.Random(1),  # noqa: S311  jitter
+        )
+        await self._background(writer.run())
+        embedder = LocalEmbedder(self._batcher(settings))
+        if serving:
+            await self._background(embedder.batcher.run())
+        upserter = Sabotage(writer)
+        service = self._service(settings, embedder, store, upserter, index)
+        app = create_app(lambda: service)
+        keys = await make_keys(owner)
+        return Whole(
+            app, service, self.clock, embedder, store, upserter, index, keys, stack=self.stack
+        )
+
+    def _batcher(self, settings: Settings) -> Batcher:
+        executor = self.stack.enter_context(ThreadPoolExecutor(1, "model"))
+        pool = Pool(settings.pools[0], clock=self.clock, builders={"fake": faulty})
+        pool.load()
+        return Batcher(
+            pool,
+            list(settings.models),
+            admission=settings.admission,
+            batch=settings.pools[0].batch,
+            executor=executor,
+            clock=self.clock,
+        )
+
+    def _service(
+        self,
+        settings: Settings,
+        embedder: LocalEmbedder,
+        store: Any,
+        upserter: Any,
+        index: MemoryIndex,
+    ) -> Service:
+        context = Context(
+            settings,
+            Models.open(settings, {"default": embedder}),
+            Quotas(settings.admission.tiers, replicas=1, tenants_max=1000),
+            self.stack.enter_context(ThreadPoolExecutor(2, "tokenizer")),
+            self.clock,
+            lambda: 1_700_000_000.0,
+        )
+        embed = EmbedFlow(context)
+        collections = CollectionFlow(context, store, upserter)
+
+        async def ready() -> dict[str, bool]:
+            return {"embedder-default": await embedder.ready()}
+
+        return Service(
+            context,
+            Door(store, settings.admission, clock=self.clock),
+            embed,
+            collections,
+            IngestFlow(context, collections, embed, store, upserter),
+            SearchFlow(context, collections, embed, index),
+            ready,
+        )
+
+    async def _background(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+
+        async def end() -> None:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+        self.stack.push_async_callback(end)
+
+
+@pytest.fixture
+async def start(tmp_path: Path, clock: Any) -> AsyncIterator[Builder]:
+    """Starts a service: `await start(limits=Limits(...))`. Time is frozen but for index writes."""
+    async with AsyncExitStack() as stack:
+        yield Builder(stack, tmp_path, clock)
+
+
+@pytest.fixture
+async def whole(start: Builder) -> Whole:
+    return await start()
+
+
+@pytest.fixture
+async def client(whole: Whole) -> httpx.AsyncClient:
+    return await whole.client()
+
+
+@pytest.fixture
+def key_of() -> Callable[[str, str], tuple[Key, str]]:
+    return lambda tenant, tier_name: new_key(tenant, tier_name, 0.0)

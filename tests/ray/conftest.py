@@ -1,0 +1,167 @@
+"""One Ray cluster for the tier: its own temp dir and ports, the fake engine, two embedders."""
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import ray
+import ray.serve
+
+from deployments.app import build
+from deployments.handles import StorePort
+from serve.admission.keys import new_key
+from serve.config import Actors, Batch, Ingress, Limits, Model, Pool, Settings
+
+
+MODEL = Model(
+    id="fake",
+    engine="fake",
+    dimensions=32,
+    tokens_max=512,
+    matryoshka=True,
+    fake_ms_per_batch=20,
+    fake_ms_per_token=0.02,
+)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Whole:
+    """The running service, as a client and as an operator see it."""
+
+    settings: Settings
+    url: str
+    keys: dict[str, str]
+
+    def client(self, tier: str = "enterprise") -> httpx.Client:
+        headers = {"authorization": f"Bearer {self.keys[tier]}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=90)
+
+    @staticmethod
+    def until(condition: Callable[[], bool], *, timeout_s: float = 60) -> float:
+        """Wait for a condition; the seconds it took. Fails the test when it never holds."""
+        began = time.monotonic()
+        while not condition():
+            assert time.monotonic() - began < timeout_s, f"not within {timeout_s} s"
+            time.sleep(0.1)
+        return time.monotonic() - began
+
+    @staticmethod
+    def kill(title: str) -> None:
+        """`kill -9` of one process of this cluster: Ray names its workers after their class."""
+        raylet = ray._private.worker.global_worker.node.get_session_dir_path()
+        found = [
+            int(folder.name)
+            for folder in Path("/proc").glob("[0-9]*")
+            if _title(folder.name).startswith(title) and raylet in _title(_parent(folder.name))
+        ]
+        assert found, f"no process {title!r} in {raylet}"
+        os.kill(found[0], signal.SIGKILL)
+
+    def deploy(self, settings: Settings) -> None:
+        """Deploy, and wait until every part is usable."""
+        ray.serve.run(build(settings), name="headrace", route_prefix="/")
+        self.settings = settings
+        self.until(self.ready)
+
+    def delete(self) -> None:
+        """Delete the application."""
+        ray.serve.delete("headrace")
+
+    def ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/health/ready", timeout=10).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def embedder_stats(self) -> dict[str, float]:
+        """Of one replica: callers that need a total use one replica's worth of work."""
+        handle = ray.serve.get_deployment_handle("embedder-default", "headrace")
+        return handle.stats.remote().result(timeout_s=20)
+
+
+def _title(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def _parent(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+    except OSError:
+        return "0"
+
+
+def settings_in(folder: Path) -> Settings:
+    return Settings(
+        data_dir=str(folder),
+        pools=(Pool(models=(MODEL,), replicas=1, cpus=0.5, batch=Batch(tokens_max=512)),),
+        ingress=Ingress(tokenizer_threads=1),
+        limits=Limits(bulk_deadline_s=60),
+        actors=Actors(orphan_grace_s=6, drain_s=5),
+    )
+
+
+def make_keys(settings: Settings) -> dict[str, str]:
+    async def make() -> dict[str, str]:
+        store, made = StorePort(settings), {}
+        for tier in settings.admission.tiers:
+            key, text = new_key(f"tenant-{tier}", tier, time.time())
+            await store.create_key(f"make-{key.id}", key)
+            made[tier] = text
+        return made
+
+    return asyncio.run(make())
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[int]:
+    """A local cluster with Serve on a free port; ended, with every process, afterwards."""
+    temp = tempfile.mkdtemp(prefix="hr", dir="/tmp")  # short: it holds unix sockets
+    port = free_port()
+    ray.init(
+        address="local",
+        _temp_dir=temp,
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+    )
+    ray.serve.start(http_options={"host": "127.0.0.1", "port": port})
+    yield port
+    ray.serve.shutdown()
+    ray.shutdown()
+    shutil.rmtree(temp, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def service(cluster: int, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    settings = settings_in(tmp_path_factory.mktemp("data"))
+    service = Whole(settings, f"http://127.0.0.1:{cluster}", {})
+    service.deploy(settings)
+    service.keys = make_keys(settings)
+    return service
+
+
+@pytest.fixture
+def whole(service: Whole) -> Whole:
+    """The service, deployed again where a test has deleted it."""
+    if "headrace" not in ray.serve.status().applications:
+        service.deploy(service.settings)
+    return service

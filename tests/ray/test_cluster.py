@@ -1,0 +1,173 @@
+"""The service on a real Ray cluster: what only processes that die and hand over can show."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from deployments.actors import STORE, UPSERTER, living, name_of
+
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(150)]
+
+
+def embed(client: httpx.Client, *texts: str) -> httpx.Response:
+    return client.post("/v1/embeddings", json={"model": "fake", "input": list(texts)})
+
+
+def test_many_callers_share_batches(whole):
+    before = whole.embedder_stats()
+    with whole.client() as client, ThreadPoolExecutor(32) as threads:
+        replies = list(threads.map(lambda n: embed(client, f"text number {n}"), range(128)))
+    after = whole.embedder_stats()
+    assert [reply.status_code for reply in replies] == [200] * 128
+    inputs, batches = (after[word] - before[word] for word in ("inputs", "batches"))
+    assert inputs == 128
+    assert batches < 100  # one each would be 128
+    assert replies[0].headers.get_list("x-request-id")[0]
+    assert len(replies[0].headers.get_list("x-request-id")) == 1
+
+
+def test_errors_keep_their_shape_across_handles(whole):
+    with whole.client() as client:
+        unknown = client.post("/v1/embeddings", json={"model": "nope", "input": "a"})
+        assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
+        client.post("/v1/collections", json={"name": "twice"})
+        taken = client.post("/v1/collections", json={"name": "twice"})
+        assert (taken.status_code, taken.json()["code"]) == (409, "conflict")
+        assert "Traceback" not in taken.text
+
+
+def test_a_departed_caller_leaves_nothing_in_the_queue(whole):
+    with whole.client() as client:
+        with pytest.raises(httpx.TimeoutException):
+            client.post(
+                "/v1/embeddings",
+                json={"model": "fake", "input": ["a long text " * 30] * 500},
+                timeout=1.5,
+            )
+        dropped = whole.embedder_stats()
+        deadline = time.monotonic() + 20
+        while dropped["queued_items"] and time.monotonic() < deadline:
+            time.sleep(0.1)
+            dropped = whole.embedder_stats()
+    assert dropped["queued_items"] == 0
+    assert dropped["dropped"] > 0
+
+
+class Ingest:
+    """Clients that write documents until told to stop, and what was acknowledged to them."""
+
+    def __init__(self, whole, collection: str) -> None:
+        self.acknowledged: dict[str, str] = {}
+        self.unclear: list[str] = []
+        self._whole, self._collection = whole, collection
+        self._stop = threading.Event()
+        with whole.client() as client:
+            client.post("/v1/collections", json={"name": collection}).raise_for_status()
+
+    def write(self, worker: int) -> None:
+        with self._whole.client() as client:
+            turn = 0
+            while not self._stop.is_set():
+                turn += 1
+                self._one(client, [f"{worker}-{turn}-{n}" for n in range(4)])
+
+    def _one(self, client: httpx.Client, ids: list[str]) -> None:
+        documents = [
+            {"id": one, "text": f"the text of {one}", "metadata": {"n": one}} for one in ids
+        ]
+        try:
+            reply = client.post(
+                f"/v1/collections/{self._collection}/documents", json={"documents": documents}
+            )
+        except httpx.TransportError as error:  # the connection broke: a clear error
+            self.unclear.append(repr(error))
+            return
+        if reply.status_code in (200, 207):
+            for one in reply.json()["data"]:
+                if one["status"] == "indexed":
+                    self.acknowledged[one["id"]] = f"the text of {one['id']}"
+                else:
+                    self.unclear.append(one["error"]["code"])
+        else:
+            assert reply.json()["status"] in (429, 503, 504), reply.text
+            self.unclear.append(reply.json()["code"])
+
+    def around(self, kill) -> float:
+        """Write, kill, write until a write is acknowledged again: how long that took."""
+        with ThreadPoolExecutor(2) as threads:
+            writers = [threads.submit(self.write, worker) for worker in range(2)]
+            try:
+                self._wait_for(20)
+                kill()
+                began = time.monotonic()
+                self._wait_for(len(self.acknowledged) + 24)
+                return time.monotonic() - began
+            finally:
+                self._stop.set()
+                for writer in writers:
+                    writer.result(timeout=90)
+
+    def _wait_for(self, count: int) -> None:
+        deadline = time.monotonic() + 90
+        while len(self.acknowledged) < count:
+            assert time.monotonic() < deadline, f"stuck at {len(self.acknowledged)}"
+            time.sleep(0.05)
+
+    def missing(self) -> list[str]:
+        """Acknowledged documents that a search does not find with their text."""
+        gone = []
+        with self._whole.client() as client:
+            for one, text in self.acknowledged.items():
+                reply = client.post(
+                    f"/v1/collections/{self._collection}/search",
+                    json={"vector": [1.0] * 32, "top_k": 2, "filter": {"n": one}},
+                )
+                found = [(hit["document"], hit["text"]) for hit in reply.json()["data"]]
+                if found != [(one, text)]:
+                    gone.append(one)
+        return gone
+
+
+@pytest.mark.parametrize(
+    ("title", "bound_s"),
+    [
+        ("ray::UpserterActor", 20),
+        ("ray::ServeReplica:headrace:embedder", 60),
+        ("ray::StoreActor", 20),
+    ],
+)
+def test_kill_9_in_mid_ingest_loses_nothing(whole, title, bound_s, record_property):
+    ingest = Ingest(whole, f"kill-{title.rpartition(':')[2].lower()}")
+    back_s = ingest.around(lambda: whole.kill(title))
+    record_property("back_s", round(back_s, 1))
+    whole.until(whole.ready, timeout_s=bound_s)
+    assert ingest.missing() == []
+
+
+def test_a_new_deployment_takes_over_and_a_deleted_one_leaves_no_orphan(whole):
+    with whole.client() as client:
+        client.post("/v1/collections", json={"name": "kept"})
+        document = {"id": "a", "text": "water over the wheel"}
+        client.post("/v1/collections/kept/documents", json={"documents": [document]})
+        old = {role: living(role) for role in (STORE, UPSERTER)}
+
+        limits = whole.settings.limits.model_copy(update={"top_k_max": 7})
+        whole.deploy(whole.settings.model_copy(update={"limits": limits}))
+        for role in (STORE, UPSERTER):
+            assert living(role) == [name_of(role, whole.settings)]
+            assert living(role) != old[role]
+
+        body = {"text": "wheel", "top_k": 7}
+        found = client.post("/v1/collections/kept/search", json=body)
+        assert [hit["document"] for hit in found.json()["data"]] == ["a"]
+        refused = client.post("/v1/collections/kept/search", json={**body, "top_k": 8})
+        assert refused.status_code == 400
+        again = client.post("/v1/collections/kept/documents", json={"documents": [document]})
+        assert again.json()["data"][0]["generation"] == 2
+
+    whole.delete()
+    whole.until(lambda: not living(STORE) and not living(UPSERTER), timeout_s=40)
