@@ -35,7 +35,7 @@ test: setup  ## All tests: the quick tiers, then the short ray and e2e tiers
 	@echo "test: unit, property, contract, api"
 	@$(BIN)/pytest -q -rs
 	@echo "test: ray, e2e"
-	@$(BIN)/pytest -q -rs -m "ray or e2e"
+	@$(BIN)/pytest -q -rs -p no:randomly -m "ray or e2e"
 
 test-ray: setup  ## Only the tests that need a Ray cluster
 	@$(BIN)/pytest -q -rs -m ray

@@ -28,8 +28,8 @@ from serve.records import Condition, Every, Filter
 COLUMN = "terms"
 ORDER_SQL = {"$gt": ">", "$gte": ">=", "$lt": "<", "$lte": "<="}
 
-ALTERNATION_CHARS_MAX = 32_768
-"""Characters of one regular expression; one of 400,000 exceeds what Lance compiles."""
+ALTERNATIVE_CHARS_MAX = 128
+"""Longest alternative of a regular expression: 256 long ones took seconds to compile."""
 
 
 def encode(metadata: Mapping[str, Any]) -> str:
@@ -103,24 +103,17 @@ def _condition(condition: Condition) -> str:
 def _holding(field: str, values: Sequence[Scalar]) -> list[str]:
     """Predicates of which one holds when the field is, or contains, one of the values."""
     tags = sorted({tag for value in values if (tag := _tagged(value)) is not None})
-    if len(tags) == 1:
-        return [f"contains({COLUMN}, '|{field}:{prefix}{tags[0]}|')" for prefix in ("", "l")]
-    # A chain of 1,000 `contains` costs five times as much as one expression.
-    return [
-        f"regexp_like({COLUMN}, '[|]{field}:l?({'|'.join(some)})[|]')" for some in _pieces(tags)
+    short = [tag for tag in tags if len(tag) <= ALTERNATIVE_CHARS_MAX] if len(tags) > 1 else []
+    predicates = [
+        f"contains({COLUMN}, '|{field}:{prefix}{tag}|')"
+        for tag in tags
+        if tag not in short
+        for prefix in ("", "l")
     ]
-
-
-def _pieces(tags: Sequence[str]) -> Iterator[list[str]]:
-    piece: list[str] = []
-    chars = 0
-    for tag in tags:
-        if piece and chars + len(tag) > ALTERNATION_CHARS_MAX:
-            yield piece
-            piece, chars = [], 0
-        piece.append(tag)
-        chars += len(tag) + 1
-    yield piece
+    if short:
+        # A chain of 1,000 `contains` costs five times as much as one expression.
+        predicates.append(f"regexp_like({COLUMN}, '[|]{field}:l?({'|'.join(short)})[|]')")
+    return predicates
 
 
 def _ordered(field: str, sign: str, value: Scalar) -> str:

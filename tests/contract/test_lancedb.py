@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[2]
 NS = "0" * 32
 DIMENSIONS = 4
 SPEC = CollectionSpec(NS, DIMENSIONS)
-HASTY = IndexSettings(compact_commits=4).model_copy(update={"keep_versions_s": 0})
-"""Removes every old version at once, which no valid settings allow."""
+HASTY = IndexSettings(compact_commits=4).model_copy(update={"keep_versions_s": 0.001})
+"""Removes old versions after a millisecond, which no valid settings allow."""
 
 
 def records(start: int, stop: int, generation: int = 1) -> list[Record]:
@@ -173,6 +173,9 @@ class Broken:
         raise RuntimeError(self.message)
 
     count_rows = optimize = delete = _fail
+
+    def close(self) -> None:
+        """As a table does."""
 
     def plant(self, index: LanceIndex) -> None:
         index._tables[NS] = _Open(self, DIMENSIONS)  # type: ignore[arg-type]

