@@ -42,7 +42,9 @@ def _targeted(command: Callable[..., None]) -> Callable[..., None]:
     """Options that say where and who, given to the command as one Target."""
 
     @click.option("--collection", required=True, help="Name of the collection.")
-    @click.option("--url", default="http://127.0.0.1:8000", show_default=True)
+    @click.option(
+        "--url", envvar="HEADRACE_URL", default="http://127.0.0.1:8000", show_default=True
+    )
     @click.option("--key", envvar="HEADRACE_KEY", required=True, help="Key; or in HEADRACE_KEY.")
     @functools.wraps(command)
     def run(*, collection: str, url: str, key: str, **options: Any) -> None:

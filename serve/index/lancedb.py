@@ -251,11 +251,12 @@ class LanceIndex:
         return lock
 
     async def _committed(self, ns: str, opened: _Open) -> None:
-        if ns not in self._commits:
-            # What an earlier process left uncompacted counts too.
+        if ns in self._commits:
+            self._commits[ns] += 1
+        else:
+            # What an earlier process left uncompacted counts too, one fragment a commit.
             stats: dict[str, Any] = await opened.table.stats()  # type: ignore[assignment]
             self._commits[ns] = int(stats["fragment_stats"]["num_small_fragments"])
-        self._commits[ns] += 1
 
     async def _read(self, ns: str, ask: Callable[[_Open], Awaitable[T]], missing: T) -> T:
         async with _reading():
