@@ -13,6 +13,7 @@ peer. Requests ask for base64. The load program (`bench.load`) shares the cores 
 import argparse
 import asyncio
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -144,8 +145,11 @@ def main(words: Sequence[str] | None = None) -> None:
     """Measure, show, and end with one line of JSON."""
     options = parse(words)
     rounds, seconds = (2, 0.3) if options.smoke else (options.rounds, options.seconds)
-    with targets(options) as pair:
-        result = asyncio.run(compare(pair, rounds=rounds, seconds=seconds))
+    try:
+        with targets(options) as pair:
+            result = asyncio.run(compare(pair, rounds=rounds, seconds=seconds))
+    except (Failed, servers.StartFailed) as error:
+        sys.exit(f"http: {error}")
     names = [target.name for target in pair]
     if options.smoke:
         print("smoke: a and b are the same program with a fake model; the ratio is noise about 1")

@@ -35,7 +35,7 @@ DEVICE = Model(
     fake_ms_per_batch=6,
     fake_ms_per_token=1e3 / TOKENS_S,
 )
-BATCH = Batch(target_ms=50, tokens_max=4096, queue_tokens_max=10**9, queue_items_max=10**7)
+BATCH = Batch(target_ms=50, tokens_max=2048, queue_tokens_max=10**9, queue_items_max=10**7)
 """The queue has room for every flood: this measures order, not refusal."""
 
 

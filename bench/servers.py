@@ -1,6 +1,7 @@
-"""Starts the servers under test, over one deploy file: the repository's, with quotas out of the way.
+"""Starts the servers under test, over one deploy file: the repository's, without its quotas.
 
-A server is a subprocess on a free port of 127.0.0.1 with a data folder of its own; it ends with
+Its deadlines are far off, too. A server is a subprocess on a free port of 127.0.0.1 with a data
+folder of its own; it ends with its context, and its log is shown when it does not start.
 its context, and its log is shown when it does not start.
 """
 
@@ -33,6 +34,8 @@ from serve.jobs.owner import StoreOwner
 
 START_S_MAX = 180.0
 STOP_S_MAX = 60.0
+DEADLINE_S = 60
+"""A busy machine must slow a load down, not turn it into refusals."""
 UNLIMITED = {
     "requests_per_minute": 10**9,
     "requests_burst": 10**9,
@@ -61,6 +64,7 @@ class Site:
         raw = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
         args = raw["applications"][0]["args"]
         args["admission"]["tiers"]["enterprise"].update(UNLIMITED)
+        args["limits"] = {"interactive_deadline_s": DEADLINE_S}
         if fake:
             args["pools"][0]["models"] = [FAKE]
         config = folder / "config.yaml"

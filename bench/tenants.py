@@ -20,10 +20,15 @@ TIERS: Mapping[str, float] = {"free": 1.0, "premium": 4.0, "enterprise": 16.0}
 LIGHT_RATE = 20.0
 """Calls a second of a light tenant, each a single query: below a twentieth of the device."""
 LIGHT_TOKENS = (8, 20)
+FLOODS: Mapping[str, str] = {word: f"flood-{word}" for word in (*TIERS, "bulk")}
+"""The tenants that never let up; the bulk one is of tier premium."""
+FLOOD_TOKENS = 220
+"""Mean of the lognormal sizes."""
 BULK_CALL = (400,) * 4
 DEMANDS = (0.3, 0.6, 1.0, 1.6, 2.5, 4.0)
 """Of six tenants of one tier, in parts of the device: all above a sixth, so all are backlogged."""
 DEMAND_TOKENS = (64, 2000, 256, 1024, 128, 512)
+ASKERS = tuple(f"demand-{part}" for part in DEMANDS)
 DEADLINE_S = 3600.0
 DRAIN_S_MAX = 8.0
 """After a flood's end the light calls still under way are awaited this long, and then counted
@@ -75,6 +80,11 @@ class Phase:
     handout_ms: Sequence[float] = ()
     open: bool = True
 
+    @property
+    def tokens_s(self) -> float:
+        """Tokens answered in a second."""
+        return sum(self.tokens.values()) / self.seconds
+
     def served(self, tenant: Tenant, tokens: Sequence[int]) -> None:
         """Count an answer, while the phase lasts."""
         if self.open:
@@ -90,14 +100,9 @@ async def flood(target: Target, seed: int, *, seconds: float, backlog_s: float) 
     """
     rng, phase = random.Random(seed), Phase()
     floods: list[asyncio.Task[None]] = []
-    if backlog_s:
-        count = int(backlog_s * TOKENS_S / 240)  # the mean of the sizes below
-        calls = [(Tenant(f"flood-{tier}", tier), (_size(rng),)) for tier in TIERS for _ in range(count)]
-        bulk = Tenant("flood-bulk", "premium", "bulk")
-        calls += [(bulk, BULK_CALL)] * (count * 240 // sum(BULK_CALL))
-        rng.shuffle(calls)
-        floods = [asyncio.create_task(_repeat(target, *one, phase)) for one in calls]
-        await asyncio.sleep(0)
+    for tenant, tokens in _floods(rng, backlog_s):
+        floods.append(asyncio.create_task(_repeat(target, tenant, tokens, phase)))
+    await asyncio.sleep(0)
     began = monotonic()
     light = [
         asyncio.create_task(_light(target, tier, random.Random(f"{seed} {tier}"), phase, seconds))
@@ -115,8 +120,8 @@ async def demand(target: Target, *, seconds: float) -> Phase:
     """Six tenants of one tier who ask for different amounts in different sizes."""
     phase = Phase()
     asking = [
-        asyncio.create_task(_ask(target, Tenant(f"demand-{part}", "premium"), part, size, phase))
-        for part, size in zip(DEMANDS, DEMAND_TOKENS, strict=True)
+        asyncio.create_task(_ask(target, Tenant(name, "premium"), part, size, phase))
+        for name, part, size in zip(ASKERS, DEMANDS, DEMAND_TOKENS, strict=True)
     ]
     await asyncio.sleep(seconds)
     phase.seconds, phase.open = seconds, False
@@ -124,9 +129,22 @@ async def demand(target: Target, *, seconds: float) -> Phase:
     return phase
 
 
+def _floods(rng: random.Random, backlog_s: float) -> list[tuple[Tenant, Sequence[int]]]:
+    """The calls that flooding tenants keep waiting, in no order."""
+    tokens = int(backlog_s * TOKENS_S)
+    calls: list[tuple[Tenant, Sequence[int]]] = [
+        (Tenant(FLOODS[tier], tier), (_size(rng),))
+        for tier in TIERS
+        for _ in range(tokens // FLOOD_TOKENS)
+    ]
+    calls += [(Tenant(FLOODS["bulk"], "premium", "bulk"), BULK_CALL)] * (tokens // sum(BULK_CALL))
+    rng.shuffle(calls)
+    return calls
+
+
 def _size(rng: random.Random) -> int:
-    """Lognormal about 200 tokens, mean 240."""
-    return int(min(max(rng.lognormvariate(5.3, 0.6), 8), 1024))
+    """Lognormal about 200 tokens."""
+    return int(min(max(rng.lognormvariate(5.3, 0.5), 8), 512))
 
 
 async def _repeat(target: Target, tenant: Tenant, tokens: Sequence[int], phase: Phase) -> None:
@@ -167,6 +185,7 @@ async def _once(target: Target, tenant: Tenant, tokens: Sequence[int], phase: Ph
 
 async def _ask(target: Target, tenant: Tenant, part: float, tokens: int, phase: Phase) -> None:
     """Equal calls at equal distances, whatever became of those before."""
+
     async def one() -> None:
         await target.embed(tenant.call((tokens,)))
         phase.served(tenant, (tokens,))

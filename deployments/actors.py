@@ -88,7 +88,8 @@ def start(actors: Mapping[str, Any], settings: Settings) -> None:
 def retire(name: str, timeout_s: float) -> None:
     """Ask an actor to finish and leave; one that does not answer is fenced out by its successor."""
     try:
-        ray.get(ray.get_actor(name, NAMESPACE).retire.remote(), timeout=timeout_s)
+        leaving: Any = ray.get_actor(name, NAMESPACE).retire.options(max_task_retries=0)
+        ray.get(leaving.remote(), timeout=timeout_s)
     except (ValueError, ray.exceptions.RayError) as error:
         log.info("%s left: %s", name, type(error).__name__)
 

@@ -8,13 +8,10 @@ from ray.serve import Application, deployment
 from deployments.actors import INGRESS_DEPLOYMENT, STORE, UPSERTER, start
 from deployments.embedder import Embedder
 from deployments.ingress import Ingress
+from deployments.places import DATA_DIR
 from deployments.store import StoreActor
 from deployments.upserter import UpserterActor
 from serve.config import Pool, Settings
-
-
-DATA_DIR = "HEADRACE_DATA_DIR"
-"""Environment variable that overrides `data_dir`."""
 
 
 def build(args: Settings) -> Application:

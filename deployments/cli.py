@@ -219,9 +219,7 @@ def create_key(
     if tier not in file.settings.admission.tiers:
         known = ", ".join(file.settings.admission.tiers)
         raise click.UsageError(f"{tier!r} is no tier of {config}; it has {known}.")
-    place = address or find_cluster(file.data_dir(data_dir)).address
-    from deployments import local  # noqa: PLC0415  slow to import
-
+    local, place = _cluster(file, address, data_dir)
     with local.connected(place):
         [(key, text)] = local.create_keys(file.settings, [(tenant, tier)])
     if as_json:
@@ -239,9 +237,7 @@ def create_key(
 def list_keys(config: Path, *, data_dir: str | None, address: str | None, as_json: bool) -> None:
     """Every key by tenant, without its secret."""
     file = DeployFile.read(config)
-    place = address or find_cluster(file.data_dir(data_dir)).address
-    from deployments import local  # noqa: PLC0415  slow to import
-
+    local, place = _cluster(file, address, data_dir)
     with local.connected(place):
         found = local.list_keys(file.settings)
     if as_json:
@@ -252,6 +248,21 @@ def list_keys(config: Path, *, data_dir: str | None, address: str | None, as_jso
         made = time.strftime("%Y-%m-%d %H:%M", time.localtime(key.created_at))
         table.add_row(key.id, key.tenant, key.tier, made)
     Console().print(table)
+
+
+def _cluster(file: DeployFile, address: str | None, data_dir: str | None) -> tuple[Any, str]:
+    """The module that speaks to Ray, and where the cluster is. Raises NotRunning.
+
+    Ray turns its authentication on by itself only for clusters that it finds by itself.
+    """
+    if address is None:
+        cluster = find_cluster(file.data_dir(data_dir))
+        address = cluster.address
+        if cluster.auth:
+            os.environ.setdefault("RAY_AUTH_MODE", cluster.auth)
+    from deployments import local  # noqa: PLC0415  Ray reads its environment on import
+
+    return local, address
 
 
 def _shown(key: Key) -> dict[str, Any]:

@@ -44,12 +44,15 @@ def running(file: DeployFile, claim: Claim, *, temp_dir: Path | None) -> Iterato
 
     Yields the dashboard's URL. SIGTERM arrives as KeyboardInterrupt. Raises StartFailed.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a background job has SIGINT ignored
+        signal.signal(number, _interrupt)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         dashboard = _start(file, temp_dir)
         signal.signal(signal.SIGTERM, _interrupt)  # Ray has put its own in between
         address = ray.get_runtime_context().gcs_address
-        claim.announce(Cluster(address, os.getpid(), file.url))
+        auth = os.environ.get("RAY_AUTH_MODE", "")  # Ray has set it when nobody else had
+        claim.announce(Cluster(address, os.getpid(), file.url, auth))
         _deploy(file)
         yield dashboard
     finally:
@@ -151,12 +154,14 @@ def _stop(settings: Settings) -> None:
     """Let requests end, the writer flush and the Store close its file; then end the cluster."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if ray.is_initialized():
-        ray.serve.shutdown()  # type: ignore[no-untyped-call]
-        for role in (UPSERTER, STORE):
-            for name in living(role):
-                retire(name, settings.actors.drain_s)
-    ray.shutdown()
+    try:
+        if ray.is_initialized():
+            ray.serve.shutdown()  # type: ignore[no-untyped-call]
+            for role in (UPSERTER, STORE):
+                for name in living(role):
+                    retire(name, settings.actors.drain_s)
+    finally:
+        ray.shutdown()
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:

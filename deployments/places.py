@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,11 +17,16 @@ from serve.config import Settings
 
 
 DATA_DIR = "HEADRACE_DATA_DIR"
-"""Environment variable that overrides `data_dir`; `deployments.app` reads it on the cluster."""
+"""Environment variable that overrides `data_dir`, here and on the cluster (`deployments.app`)."""
 
 PROFILES: Mapping[str, Mapping[str, str]] = {
     "default": {},
-    "fast": {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"},
+    "fast": {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        # Ray keeps a leaving replica for 30 s, for load balancers; on one machine there is none.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+    },
 }
 """Profile -> environment that Ray Serve reads when it is imported."""
 
@@ -114,11 +119,14 @@ def check_port(host: str, port: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """A running local cluster: Ray's address, the process that holds it, and the service's URL."""
+    """A running local cluster: Ray's address, the process that holds it, the service's URL, and
+    Ray's authentication mode, which a process must have in its environment to connect.
+    """
 
     address: str
     pid: int
     url: str
+    auth: str
 
 
 class Claim:
@@ -135,7 +143,7 @@ class Claim:
         """Tell other commands where the cluster is."""
         self._file.seek(0)
         self._file.truncate()
-        json.dump({"address": cluster.address, "pid": cluster.pid, "url": cluster.url}, self._file)
+        json.dump(asdict(cluster), self._file)
         self._file.flush()
 
     @classmethod
@@ -169,10 +177,9 @@ def find_cluster(folder: Path) -> Cluster:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:  # held: it lives
-                found = json.load(file)
-                return Cluster(found["address"], found["pid"], found["url"])
+                return Cluster(**json.load(file))
     except FileNotFoundError:
         raise nothing from None
-    except ValueError:
+    except (ValueError, TypeError):
         raise NotRunning(f"the headrace over {folder} is still starting") from None
     raise nothing

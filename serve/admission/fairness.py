@@ -116,11 +116,10 @@ class ClassQueue(Generic[T]):
 
     def _rest(self) -> None:
         """Nothing waits: the next busy period starts level."""
-        self.v = max(self.v, max(self.finish.values(), default=0.0))
         self.heap.clear()
         self.finish.clear()
         self.finish_max = SLACK
-        self.weight = 0.0
+        self.weight = self.v = 0.0
 
     def _sweep(self) -> None:
         """Keep memory in proportion to the tenants that wait, at O(1) amortised."""

@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
+from pydantic.config import JsonDict
 
 from serve.api.problems import problem_body
 from serve.api.service import RequestId, Served, Who
@@ -20,12 +21,22 @@ LIST_MAX = 10_000
 """The highest that `limits.documents_max` may be: nothing longer is looked at."""
 
 
+METADATA_VALUE: JsonDict = {
+    "anyOf": [
+        {"type": ["string", "number", "boolean"]},
+        {"type": "array", "items": {"type": "string"}},
+    ]
+}
+
+
 class DocumentBody(Body):
     """One document. `metadata` is a flat object of strings, numbers, booleans, string lists."""
 
     id: str
     text: str
-    metadata: dict[str, Any] = Field(default_factory=dict)
+    metadata: dict[str, Any] = Field(
+        default_factory=dict, json_schema_extra={"additionalProperties": METADATA_VALUE}
+    )
 
 
 class DocumentsBody(Body):

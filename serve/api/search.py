@@ -3,7 +3,7 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from serve.api.service import RequestId, Served, Who
 from serve.api.shapes import SearchList
@@ -21,6 +21,10 @@ class SearchBody(Body):
 
     `filter` is Mongo-like: `{"year": {"$gte": 1990}, "kind": "entry"}`.
     """
+
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [{"required": ["text"]}, {"required": ["vector"]}]}
+    )
 
     text: Annotated[str, Field(min_length=1)] | None = None
     vector: (

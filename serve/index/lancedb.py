@@ -108,10 +108,11 @@ class LanceIndex:
         rows = newest([row for row in tombstones if RECORD_ID.fullmatch(row.id)])
         async with self._lock(ns), self._writing(ns):
             opened = await self._open(ns)
-            for start in range(0, len(rows) if opened else 0, IDS_PER_STATEMENT):
-                if opened is not None:
-                    await opened.table.delete(_guarded(rows[start : start + IDS_PER_STATEMENT]))
-                    await self._committed(ns, opened)
+            if opened is None:
+                return Landed()
+            for start in range(0, len(rows), IDS_PER_STATEMENT):
+                await opened.table.delete(_guarded(rows[start : start + IDS_PER_STATEMENT]))
+                await self._committed(ns, opened)
         return Landed()
 
     async def query(

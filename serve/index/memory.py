@@ -50,10 +50,11 @@ class MemoryIndex:
         """Remove what has at most the tombstone's generation; nothing there is no error."""
         check_namespace(ns)
         space = self._spaces.get(ns)
-        for tombstone in tombstones if space is not None else ():
-            held = space.records.get(tombstone.id) if space is not None else None
-            if space is not None and held is not None and held.generation <= tombstone.generation:
-                space.remove(tombstone.id)
+        if space is not None:
+            for tombstone in tombstones:
+                held = space.records.get(tombstone.id)
+                if held is not None and held.generation <= tombstone.generation:
+                    space.remove(tombstone.id)
         return Landed()
 
     async def query(

@@ -185,16 +185,17 @@ class Writer:
 
     async def _flush(self, batch: Batch) -> None:
         try:
-            await self._send(batch)
+            landed = await self._send(batch)
         finally:
             if self._flushes.get(batch.ns) is asyncio.current_task():
                 del self._flushes[batch.ns]
             self._deliver()
             self._wake.set()
-        await self._maintain()
+        if landed and self._accepting:
+            await self._maintain()
 
-    async def _send(self, batch: Batch) -> None:
-        """One attempt; every ending but cancellation is an `ack` or a `nack`."""
+    async def _send(self, batch: Batch) -> bool:
+        """One attempt, and whether the index took it; it ends in an `ack` or a `nack`."""
         buffer = self._buffer
         try:
             async with asyncio.timeout(self._settings.flush_deadline_s):
@@ -218,6 +219,8 @@ class Writer:
             buffer.nack(batch, IndexRetryable("internal"), self._clock())
         else:
             buffer.ack(batch, landed, self._clock())
+            return True
+        return False
 
     async def _without_superseded(self, batch: Batch) -> Batch:
         newest: dict[str, int] = {}
@@ -240,7 +243,7 @@ class Writer:
 
     async def _maintain(self) -> None:
         """Compaction after a flush, when the index says that it is due; one at a time."""
-        if self._maintaining or not self._accepting:
+        if self._maintaining:
             return
         self._maintaining = True
         try:

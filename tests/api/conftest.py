@@ -7,11 +7,14 @@ import asyncio
 import json
 import random
 import re
+import socket
+import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +23,18 @@ import httpx2
 import jsonschema_rs
 import openai
 import pytest
+import uvicorn
 from fastapi import FastAPI
 
 from serve.admission.keys import Door, new_key
 from serve.admission.quotas import Quotas
 from serve.api.app import create_app
 from serve.api.service import Service
-from serve.config import Admission, Buffer, Chunking, Limits, Model, Settings, Store, Tier
+from serve.config import Admission, Buffer, Chunking, Model, Settings, Store, Tier
 from serve.config import Pool as PoolSettings
 from serve.embedding.fake import FakeEngine, Faults
 from serve.embedding.pool import Pool
 from serve.embedding.tokenizer import Tokenizer
-from serve.errors import ServiceError
 from serve.flows.batching import Batcher
 from serve.flows.collections import CollectionFlow
 from serve.flows.context import Context
@@ -139,7 +142,6 @@ class Whole:
     index: MemoryIndex
     keys: Mapping[str, str]
     stack: AsyncExitStack = field(repr=False)
-    tasks: list["asyncio.Task[None]"] = field(default_factory=list)
 
     async def client(self, who: str | None = "premium") -> httpx.AsyncClient:
         """A client with the key of one of `OWNERS`, or without a key."""
@@ -149,7 +151,7 @@ class Whole:
                 transport=httpx.ASGITransport(self.app),
                 base_url="http://service",
                 headers=headers,
-                event_hooks={"response": [Conformance(self.app)]},
+                event_hooks={"response": [Conformance()]},
             )
         )
 
@@ -165,11 +167,17 @@ class Whole:
         )
 
 
+@cache
+def described() -> dict[str, Any]:
+    """Our OpenAPI: the same for every service, and 0.2 s to make."""
+    return create_app(lambda: pytest.fail("no request was made")).openapi()
+
+
 class Conformance:
     """Compares a reply with what OpenAPI says of its route and status."""
 
-    def __init__(self, app: FastAPI) -> None:
-        self._openapi = app.openapi()
+    def __init__(self) -> None:
+        self._openapi = described()
 
     async def __call__(self, response: httpx.Response) -> None:
         await response.aread()
@@ -192,11 +200,9 @@ class Conformance:
 
 
 async def make_keys(store: Keys) -> dict[str, str]:
-    texts = {}
-    for who, (tenant, tier_name) in OWNERS.items():
-        key, texts[who] = new_key(tenant, tier_name, now=0.0)
-        await store.create_key(f"key-{who}", key)
-    return texts
+    made = {who: new_key(tenant, tier_name, 0.0) for who, (tenant, tier_name) in OWNERS.items()}
+    await asyncio.gather(*(store.create_key(f"key-{who}", made[who][0]) for who in made))
+    return {who: text for who, (_, text) in made.items()}
 
 
 def faulty(model: Model, _: PoolSettings) -> FakeEngine:
@@ -316,6 +322,48 @@ async def whole(start: Builder) -> Whole:
 @pytest.fixture
 async def client(whole: Whole) -> httpx.AsyncClient:
     return await whole.client()
+
+
+@dataclass(frozen=True)
+class Served:
+    """A service behind a real HTTP server on the loopback."""
+
+    url: str
+    headers: Mapping[str, str]
+
+
+async def serve_over_http(folder: Path, found: "Future[Served]", stop: Callable[[], bool]) -> None:
+    """Build a service and serve it until `stop` says so; the address goes to `found`."""
+    async with AsyncExitStack() as stack:
+        whole = await Builder(stack, folder, time.monotonic)()
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        server = uvicorn.Server(uvicorn.Config(whole.app, log_config=None, lifespan="off"))
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        headers = {"authorization": f"Bearer {whole.keys['enterprise']}"}
+        found.set_result(Served(url, headers))
+        while not stop():  # noqa: ASYNC110  told from another thread
+            await asyncio.sleep(0.01)
+        server.should_exit = True
+        await serving
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A service over HTTP, in a thread with a loop of its own, for clients that block."""
+    found: Future[Served] = Future()
+    stop = threading.Event()
+    folder = tmp_path_factory.mktemp("served")
+    with ThreadPoolExecutor(1, "server") as thread:
+        running = thread.submit(asyncio.run, serve_over_http(folder, found, stop.is_set))
+        running.add_done_callback(
+            lambda done: found.done() or found.set_exception(done.exception())
+        )
+        try:
+            yield found.result(30)
+        finally:
+            stop.set()
+        running.result(30)
 
 
 @pytest.fixture

@@ -93,19 +93,16 @@ async def test_dimensions_cuts_and_renormalises(ai):
     assert np.array_equal(as_floats, cut)
 
 
-@pytest.mark.parametrize(
-    ("model", "dimensions", "code"),
-    [
+async def test_dimensions_that_the_model_does_not_have(ai):
+    for model, dimensions, code in (
         ("plain", 8, "dimensions_not_supported"),
         ("plain", 17, "dimensions_not_supported"),
         ("org/nested", 33, "invalid_request"),
         ("org/nested", 0, "invalid_request"),
-    ],
-)
-async def test_dimensions_that_the_model_does_not_have(ai, model, dimensions, code):
-    with pytest.raises(openai.BadRequestError) as caught:
-        await vectors(ai, model=model, dimensions=dimensions)
-    assert (caught.value.param, caught.value.code) == ("dimensions", code)
+    ):
+        with pytest.raises(openai.BadRequestError) as caught:
+            await vectors(ai, model=model, dimensions=dimensions)
+        assert (caught.value.param, caught.value.code) == ("dimensions", code)
 
 
 # --- models ----------------------------------------------------------------------------------
@@ -135,12 +132,12 @@ async def test_bad_request(ai):
     assert caught.value.request_id == caught.value.response.headers["x-request-id"]
 
 
-@pytest.mark.parametrize("key", ["sk-not-ours", f"hr_{'0' * 16}_{'x' * 43}"])
-async def test_unknown_key(whole, key):
-    with pytest.raises(openai.AuthenticationError) as caught:
-        await vectors(await whole.openai(key))
-    assert shown(caught.value) == ("invalid_request_error", None, "invalid_api_key")
-    assert caught.value.response.headers["www-authenticate"] == "Bearer"
+async def test_unknown_key(whole):
+    for key in ("sk-not-ours", f"hr_{'0' * 16}_{'x' * 43}", whole.keys["free"][:-1] + "!"):
+        with pytest.raises(openai.AuthenticationError) as caught:
+            await vectors(await whole.openai(key))
+        assert shown(caught.value) == ("invalid_request_error", None, "invalid_api_key")
+        assert caught.value.response.headers["www-authenticate"] == "Bearer"
 
 
 async def test_key_of_an_unknown_tier(whole, key_of):
@@ -172,22 +169,19 @@ async def test_an_input_on_which_the_model_fails(ai):
     assert shown(caught.value) == ("invalid_request_error", "input[1]", "input_failed")
 
 
-@pytest.mark.parametrize(
-    ("fault", "status", "code"),
-    [
-        (Overloaded("Full.", retry_after_s=2), 503, "overloaded"),
-        (ModelUnavailable("Gone.", retry_after_s=2), 503, "model_unavailable"),
-        (DeadlineExceeded("Late.", retry_after_s=2), 504, "deadline_exceeded"),
-        (Internal("Ours.", retry_after_s=2), 500, "internal_error"),
-    ],
-)
-async def test_our_faults(ai, whole, fault, status, code):
-    whole.embedder.fault = fault
-    with pytest.raises(openai.InternalServerError) as caught:
-        await vectors(ai)
-    assert caught.value.status_code == status
-    assert shown(caught.value) == ("server_error", None, code)
-    assert caught.value.response.headers["retry-after-ms"] == "2000"
+async def test_our_faults(ai, whole):
+    for kind, status in (
+        (Overloaded, 503),
+        (ModelUnavailable, 503),
+        (DeadlineExceeded, 504),
+        (Internal, 500),
+    ):
+        whole.embedder.fault = kind("Sorry.", retry_after_s=2)
+        with pytest.raises(openai.InternalServerError) as caught:
+            await vectors(ai)
+        assert caught.value.status_code == status
+        assert shown(caught.value) == ("server_error", None, kind.code)
+        assert caught.value.response.headers["retry-after-ms"] == "2000"
 
 
 async def test_rate_limit(whole):

@@ -46,21 +46,22 @@ def _free_port() -> int:
 def start(data_dir: Path) -> Served:
     temp_dir = Path(tempfile.mkdtemp(prefix="hr", dir="/tmp"))  # short: it holds unix sockets
     port = _free_port()
-    log = (data_dir.parent / "serve.log").open("w+")
-    process = subprocess.Popen(
-        [BIN / "headrace", "serve", f"--data-dir={data_dir}", f"--port={port}"]
-        + [f"--ray-temp-dir={temp_dir}", f"--timeout={START_S_MAX}"],
-        cwd=ROOT,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1"},
-        start_new_session=True,
-    )
+    log = data_dir.parent / "serve.log"
+    with log.open("w") as output_file:
+        process = subprocess.Popen(
+            [BIN / "headrace", "serve", f"--data-dir={data_dir}", f"--port={port}"]
+            + [f"--ray-temp-dir={temp_dir}", f"--timeout={START_S_MAX}"],
+            cwd=ROOT,
+            stdout=output_file,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
+        )
     output = ""
     deadline = time.monotonic() + START_S_MAX + 10
     while "Ctrl-C stops everything" not in output:
-        output = Path(log.name).read_text()
+        output = log.read_text()
         assert process.poll() is None, f"it ended:\n{output}"
         assert time.monotonic() < deadline, f"it did not start:\n{output}"
         time.sleep(0.2)

@@ -250,6 +250,8 @@ class BufferMachine(RuleBasedStateMachine):
     def bounds_hold(self) -> None:
         stats = self.buffer.stats(self.now)
         assert stats["depth"] == len(self.open) <= SETTINGS.writes_max
+        held = {self.asked[ticket].key[0] for ticket in self.open}
+        assert stats["lanes"] == len(held | {batch.ns for batch in self.flying})
         assert stats["lanes"] <= SETTINGS.lanes_max
         assert 0 <= stats["bytes"] <= SETTINGS.bytes_max
         assert (stats["bytes"] > 0) == (stats["depth"] > 0)

@@ -339,7 +339,7 @@ def test_nobody_overtakes_what_does_not_fit():
     assert pop(queue) == ("b", 500)
 
 
-def test_what_is_not_live_is_dropped_and_costs_nothing():
+def test_what_is_not_live_is_dropped():
     queue = new_queue()
     for _ in range(10):
         push(queue, "gone", 10)
@@ -347,6 +347,21 @@ def test_what_is_not_live_is_dropped_and_costs_nothing():
     out = queue.take(admits=lambda _: True, live=lambda item: item[0] == "here")
     assert out == [("here", 10)] * 10
     assert (queue.cost, queue.items) == (0, 0)
+
+
+def test_what_is_not_live_costs_its_tenant_nothing():
+    queue = new_queue()
+    for _ in range(50):
+        push(queue, "part gone", 11)
+    for _ in range(50):
+        push(queue, "part gone", 10)
+        push(queue, "here", 10)
+    left = [20]
+    out = queue.take(
+        admits=lambda _: left[0] > 0 and (left.append(left.pop() - 1) or True),
+        live=lambda item: item[1] == 10,
+    )
+    assert Counter(name for name, _ in out) == {"part gone": 10, "here": 10}
 
 
 @pytest.mark.parametrize("wrong", [{"weight": 0}, {"weight": -1}, {"cost": 0}, {"count": 0}])
@@ -367,6 +382,30 @@ def test_memory_follows_the_tenants_that_wait_not_those_that_came():
     assert len(inner.heap) <= SLACK + 3
     assert len(inner.finish) <= 2 * SLACK
     assert len(inner.flows) == 1
+
+
+def test_memory_is_freed_when_everyone_leaves():
+    queue = new_queue()
+    for number in range(100):
+        queue.cancel(push(queue, f"passes{number}", 10))
+    inner = queue._classes[INTERACTIVE]
+    assert (inner.heap, inner.finish, inner.flows) == ([], {}, {})
+
+
+def test_a_sweep_forgets_neither_who_waits_nor_who_is_ahead_of_its_share():
+    queue = new_queue()
+    push(queue, "debtor", 1000)
+    for number in range(2 * SLACK):
+        push(queue, f"waits{number}", 10)
+    assert pop(queue) == ("debtor", 1000)
+    for number in range(3 * SLACK):
+        queue.cancel(push(queue, f"passes{number}", 10))
+    push(queue, "debtor", 10)
+    for number in range(5):
+        push(queue, f"later{number}", 10)
+    served = [name for name, _ in iter(lambda: pop(queue), None)]
+    assert len(served) == 2 * SLACK + 6
+    assert served[-1] == "debtor"
 
 
 def test_memory_is_freed_of_tenants_that_were_served():

@@ -124,7 +124,8 @@ def test_the_age_adapts_to_the_fill(rng, count, factor):
 
 
 def test_the_age_stays_within_its_bounds(rng):
-    buffer = Buffer(BufferSettings(age_s_start=0.03, age_s_min=0.02), CAPS, rng)
+    caps = Capabilities(11, CAPS.max_bytes, 8, 10, "strong", single_writer=True)
+    buffer = Buffer(BufferSettings(age_s_start=0.03, age_s_min=0.02), caps, rng)
     for step in range(5):
         buffer.offer("a", [record("r")], float(step), FAR)
         for batch in buffer.due(float(step)):
@@ -177,6 +178,17 @@ def test_a_newer_write_waits_for_its_predecessor_in_flight(buffer):
     assert batch.writes[0].generation == 2
     buffer.ack(batch, Landed(), 5.1)
     assert words(buffer) == [(0, "landed"), (1, "landed")]
+
+
+def test_what_flies_outranks_an_older_record_but_not_an_older_tombstone(buffer):
+    buffer.offer("a", [record("r", 5)], 0.0, FAR)
+    [batch] = buffer.due(0.0)
+    buffer.offer("a", [record("r", 4)], 0.1, FAR)
+    assert words(buffer) == [(1, "superseded")]
+    buffer.offer("a", [stone("r", 4)], 0.1, FAR)
+    buffer.ack(batch, Landed(), 0.2)
+    [batch] = buffer.due(5.0)
+    assert batch.tombstones == (stone("r", 4),)
 
 
 def test_repeats_of_one_generation_share_the_outcome(buffer):
@@ -346,6 +358,15 @@ def test_a_deadline_releases_what_is_not_in_flight(buffer):
     buffer.nack(batch, IndexRetryable(), 11.0)
     assert words(buffer) == [(0, "released")]
     assert buffer.stats(11.0)["bytes"] == 0
+
+
+def test_a_lane_whose_writes_all_expired_is_forgotten(buffer):
+    buffer.offer("a", many(2), 0.0, 5.0)
+    [batch] = buffer.due(0.0)
+    buffer.nack(batch, IndexRetryable(retry_after_s=50), 0.0)
+    assert buffer.due(5.0) == []
+    assert words(buffer) == [(0, "released"), (1, "released")]
+    assert buffer.stats(5.0)["lanes"] == 0
 
 
 def test_repeats_keep_their_own_deadlines(buffer):

@@ -1,0 +1,186 @@
+import json
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from bench import fairness, http, texts
+from bench.formula import FormulaQueue
+from bench.load import LOADS, Failed, Load, Sample, Target
+from bench.report import finish, jain, percentile, ratios, rounded, spread, table
+from bench.tenants import ASKERS, FLOODS, TIERS, Phase, Waits
+
+
+def test_a_percentile_is_one_of_the_values():
+    values = list(range(100, 0, -1))
+    assert [percentile(values, part) for part in (0, 0.5, 0.95, 0.99, 1)] == [1, 50, 95, 99, 100]
+    assert percentile([7.0], 0.01) == 7
+
+
+@pytest.mark.parametrize(("values", "part"), [([], 0.5), ([1.0], 1.01), ([1.0], -0.1)])
+def test_a_percentile_of_nothing_is_refused(values, part):
+    with pytest.raises(ValueError, match="percentile"):
+        percentile(values, part)
+
+
+def test_a_spread_is_median_least_and_greatest():
+    assert spread([3, 1, 8]) == {"median": 3, "min": 1, "max": 8}
+    assert spread([1, 2])["median"] == 1.5
+    with pytest.raises(ValueError, match="no rounds"):
+        spread([])
+
+
+def test_ratios_are_taken_round_by_round():
+    """The machine halves its pace between the rounds: the medians of each would say 1.25."""
+    assert ratios([100, 60], [80, 48]) == {"median": 1.25, "min": 1.25, "max": 1.25}
+    assert ratios([10, 30, 90], [20, 30, 30]) == {"median": 1, "min": 0.5, "max": 3}
+    with pytest.raises(ValueError, match="zip"):
+        ratios([1, 2], [1])
+
+
+def test_jain_is_one_for_equals_and_one_in_n_for_a_monopoly():
+    assert jain([5, 5, 5, 5]) == 1
+    assert jain([9, 0, 0]) == pytest.approx(1 / 3)
+    assert jain([1, 3]) == pytest.approx(0.8)
+    with pytest.raises(ValueError, match="nobody"):
+        jain([0, 0])
+
+
+def test_results_are_rounded_everywhere():
+    assert rounded({"a": [1.23456, {"b": 0.00012345678}], "c": 123456, "d": None, "e": True}) == {
+        "a": [1.235, {"b": 0.0001235}],
+        "c": 123456,
+        "d": None,
+        "e": True,
+    }
+    with pytest.raises(ValueError, match="nan"):
+        rounded({"a": float("nan")})
+
+
+def test_a_table_lines_up():
+    shown = table(("what", "n"), [("long name", 1.23456), ("x", spread([1, 2, 3]))])
+    assert shown.splitlines() == [
+        "what             n",
+        "------------------",
+        "long name    1.235",
+        "x          2 (1-3)",
+    ]
+
+
+def test_a_program_ends_with_one_line_of_json_and_keeps_it(tmp_path, capsys):
+    out = tmp_path / "result.json"
+    finish("trial", "default", {"ratio": 1.23456}, out)
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1
+    found = json.loads(printed)
+    assert found == json.loads(out.read_text())
+    assert (found["program"], found["ratio"]) == ("trial", 1.235)
+    assert {"commit", "date", "machine", "versions", "profile"} <= found.keys()
+    assert {"cores", "cpu", "python", "load_before"} <= found["machine"].keys()
+    assert {"ray", "torch", "sentence-transformers", "numpy", "fastapi"} <= found["versions"].keys()
+
+
+def test_texts_are_the_same_in_every_run_and_of_the_promised_length():
+    assert texts.mixed(10) == texts.mixed(10)
+    assert all(3 <= len(one.split()) <= 9 for one in texts.shorts(200))
+    assert all(95 <= len(one.split()) <= 190 for one in texts.passages(50))
+    assert sum(len(one.split()) > 9 for one in texts.mixed(32)) == 16
+
+
+def test_bodies_ask_for_base64_and_hold_as_many_texts_as_the_load_says():
+    single = json.loads(next(Load("one", 1).bodies("m")))
+    assert isinstance(single["input"], str)
+    assert (single["model"], single["encoding_format"]) == ("m", "base64")
+    many = [json.loads(body) for body in islice(Load("many", 1, 32).bodies("m"), 2)]
+    assert [len(body["input"]) for body in many] == [32, 32]
+    assert many[0] != many[1]
+
+
+@pytest.mark.parametrize(
+    ("url", "route"),
+    [
+        ("http://h:1", "/v1/embeddings"),
+        ("http://h:1/api/", "/api/v1/embeddings"),
+        ("http://h:1/embeddings", "/embeddings"),
+    ],
+)
+def test_a_target_may_name_its_route(url, route):
+    assert Target("x", url, "m").route == route
+
+
+def sampled(pace: float) -> dict[str, list[Sample]]:
+    return {
+        load.name: [Sample(load.inputs, 2.0, [1.0] * int(pace * number)) for number in (10, 20)]
+        for load in LOADS
+    }
+
+
+def test_http_ratios_are_ours_over_the_peers():
+    found = http.summary(sampled(2), sampled(1), 0.99)
+    for key in ("rps_ratio_c1", "rps_ratio_c16", "rps_ratio_c64", "texts_ratio_32"):
+        assert found[key] == {"median": 2, "min": 2, "max": 2}
+    assert found["ours"]["c1"]["rps"] == {"median": 15, "min": 10, "max": 20}
+    assert found["peer"]["x32"]["texts_s"]["max"] == 10 * 32
+    assert found["p99_ms"]["c64"] == 1
+    assert "4 x 32" in http.shown(found, ["ours", "peer"])
+
+
+def test_the_least_cosine_counts():
+    one = np.eye(3, dtype=np.float32)
+    other = one.copy()
+    other[1] = [0.8, 0.6, 0.0]
+    assert http.cosine_min(one, other) == pytest.approx(0.6)
+    with pytest.raises(Failed, match="different models"):
+        http.cosine_min(one, one[:, :2])
+
+
+def played(queue_ms: float, tokens: int) -> fairness.Round:
+    waits = {tier: Waits([queue_ms + 5], [queue_ms]) for tier in TIERS}
+    cost = dict(zip(FLOODS.values(), (1, 4, 16, 2), strict=True))
+    flooded = Phase(2.0, waits, {"anyone": tokens}, cost, [0.5])
+    asked = Phase(1.0, tokens=dict.fromkeys(ASKERS, 7))
+    return fairness.Round(Phase(1.0, waits), flooded, asked)
+
+
+def test_fairness_reports_waits_shares_and_what_order_costs():
+    taken = {"fair": [played(10, 900)], "fifo": [played(500, 1000)], "formula": [played(90, 1000)]}
+    found = fairness.summary(taken)
+    assert found["queue_p95_ms"] == dict.fromkeys(TIERS, 10)
+    assert found["p95_ms"] == dict.fromkeys(TIERS, 15)
+    assert found["policies"]["fifo"]["queue_p95_ms"]["free"] == 500
+    assert found["share_over_free"] == {"free": 1, "premium": 4, "enterprise": 16}
+    assert found["interactive_over_bulk"] == 10.5
+    assert found["throughput_ratio"]["median"] == 0.9
+    assert found["jain"]["median"] == 1
+    assert found["handout_ms"] == {"p50": 0.5, "p95": 0.5}
+    assert "enterprise" in fairness.shown(found["policies"])
+
+
+def test_the_formula_puts_the_paying_first_until_age_tells(clock):
+    queue = FormulaQueue(clock)
+    for tenant, weight in (("free", 1), ("rich", 16)):
+        for number in range(2):
+            queue.push("interactive", tenant, weight=weight, cost=1, item=(tenant, number))
+    room = iter([True, False])
+    assert queue.take(lambda _: next(room), lambda _: True) == [("rich", 0)]
+    clock.advance(60)
+    queue.push("interactive", "late", weight=16, cost=1, item=("late", 0))
+    assert queue.take(lambda _: True, lambda item: item != ("free", 1)) == [
+        ("rich", 1),
+        ("free", 0),
+        ("late", 0),
+    ]
+    assert (queue.items, queue.cost) == (0, 0)
+
+
+def test_the_formula_charges_usage_and_forgets_it(clock):
+    queue = FormulaQueue(clock)
+    queue.push("interactive", "greedy", weight=4, cost=10**6, item="greedy 1")
+    assert queue.take(lambda _: True, lambda _: True) == ["greedy 1"]
+    order = {}
+    for wait_s in (0, 600):
+        clock.advance(wait_s)
+        for tenant, weight in (("greedy", 4), ("modest", 1)):
+            queue.push("interactive", tenant, weight=weight, cost=1, item=tenant)
+        order[wait_s] = queue.take(lambda _: True, lambda _: True)
+    assert order == {0: ["modest", "greedy"], 600: ["greedy", "modest"]}

@@ -1,0 +1,428 @@
+"""deployments.cli: commands, what they print, and their exit codes."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+from click.testing import CliRunner, Result
+
+import deployments
+from deployments import cli, cli_documents
+from deployments.client import Client
+from deployments.places import Claim, Cluster, NotRunning, StartFailed
+from serve.admission.keys import new_key
+from serve.errors import StoreUnavailable
+
+
+CONFIG = str(Path(__file__).parents[2] / "config.yaml")
+
+
+def run(*arguments: str, **environment: str) -> Result:
+    return CliRunner().invoke(cli.main, arguments, env=environment)
+
+
+# --- ingest and search, against a service in memory ------------------------------------------
+
+
+class Service:
+    """Answers as ours does; documents whose text is `bad` are refused one by one."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[str, Any]] = []
+        self.written: dict[str, str] = {}
+        self.refuse: httpx.Response | Exception | None = None
+        self.exists = False
+        self.hits: list[dict[str, Any]] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        body = orjson.loads(request.content)
+        self.requests.append((request.url.path, body))
+        if request.url.path == "/v1/collections":
+            return httpx.Response(409 if self.exists else 201, json={})
+        if isinstance(self.refuse, Exception):
+            raise self.refuse
+        if self.refuse is not None:
+            return self.refuse
+        if request.url.path.endswith("/search"):
+            return httpx.Response(200, json={"object": "list", "data": self.hits})
+        return self._write(body["documents"])
+
+    def _write(self, documents: list[dict[str, Any]]) -> httpx.Response:
+        rows = []
+        for one in documents:
+            row = {"id": one["id"], "status": "indexed", "generation": 1, "chunks": 1}
+            if one["text"] == "bad":
+                error = {"status": 422, "code": "input_failed", "detail": "It cannot be read."}
+                row |= {"status": "failed", "chunks": 0, "error": error}
+            else:
+                self.written[one["id"]] = one["text"]
+            rows.append(row)
+        answer = {"data": rows, "usage": {"total_tokens": 5 * len(rows)}}
+        return httpx.Response(207, json=answer)
+
+
+@pytest.fixture
+def service(monkeypatch) -> Service:
+    made = Service()
+
+    def client(url: str, key: str, **options: Any) -> Client:
+        options |= {"sleep": lambda _s: None, "transport": httpx.MockTransport(made)}
+        return Client(url, key, **options)
+
+    monkeypatch.setattr(cli_documents, "Client", client)
+    return made
+
+
+@pytest.fixture
+def rows(tmp_path) -> str:
+    path = tmp_path / "rows.jsonl"
+    lines = [{"id": f"d{i}", "text": "bad" if i == 3 else f"text {i}"} for i in range(5)]
+    path.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
+    return str(path)
+
+
+def test_ingest_writes_all_and_sums_up(service, tmp_path):
+    (tmp_path / "a.txt").write_text("text", encoding="utf-8")
+    done = run("ingest", str(tmp_path), "--collection", "c", "--key", "k", "--model", "m", "--json")
+    assert done.exit_code == 0
+    counts = json.loads(done.stdout)
+    assert counts.pop("seconds") >= 0
+    assert counts == {"documents": 1, "indexed": 1, "failed": 0, "chunks": 1, "tokens": 5}
+    assert done.stderr == ""
+    assert list(service.written.values()) == ["text"]
+    assert service.requests[0] == ("/v1/collections", {"name": "c", "model": "m"})
+
+
+def test_ingest_names_what_failed(service, rows):
+    service.exists = True
+    done = run("ingest", rows, "--collection", "c", "--batch", "2", HEADRACE_KEY="k")
+    assert done.exit_code == 1
+    assert done.stdout.startswith("4 of 5 documents indexed: 4 chunks, 25 tokens")
+    assert done.stderr == "failed: d3: It cannot be read. (input_failed)\n"
+    assert sorted(service.written) == ["d0", "d1", "d2", "d4"]
+    assert [len(body["documents"]) for _, body in service.requests[1:]] in ([2, 2, 1], [2, 1, 2])
+
+
+def test_ingest_says_how_many_were_not_sent(service, rows):
+    service.refuse = httpx.Response(401, json={"error": {"message": "No.", "code": "bad_key"}})
+    done = run("ingest", rows, "--collection", "c", "--key", "k")
+    assert done.exit_code == 1
+    assert "stopped: 5 documents have no outcome: No. (401 bad_key, request" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "refusal", [httpx.ConnectError("refused"), httpx.Response(503, text="overloaded")]
+)
+def test_ingest_without_a_service_ends_with_3(service, rows, refusal):
+    service.refuse = refusal
+    done = run("ingest", rows, "--collection", "c", "--key", "k")
+    assert done.exit_code == 3
+    assert "stopped: 5 documents have no outcome" in done.stderr
+
+
+def test_ingest_finds_faults_of_the_sources_before_it_sends(service, tmp_path):
+    (tmp_path / "good.txt").write_text("text", encoding="utf-8")
+    done = run("ingest", str(tmp_path / "good.txt"), "nowhere", "--collection", "c", "--key", "k")
+    assert done.exit_code == 2
+    assert done.stderr == "Error: nowhere: no such file or folder\n"
+    assert service.requests == []
+
+
+def test_a_key_is_needed(service, rows):
+    done = run("ingest", rows, "--collection", "c")
+    assert done.exit_code == 2
+    assert "--key" in done.stderr
+
+
+def test_search_shows_a_table(service):
+    service.hits = [{"document": "[red]d", "score": 0.51234, "text": "a\n b " * 200}]
+    done = run("search", "query", "--collection", "c", "--key", "k", "--filter", '{"n": 1}')
+    assert done.exit_code == 0
+    assert "0.512" in done.stdout
+    assert "[red]d" in done.stdout
+    assert "a b a b" in done.stdout
+    assert "…" in done.stdout
+    path, body = service.requests[0]
+    assert path == "/v1/collections/c/search"
+    assert body == {"text": "query", "top_k": 5, "filter": {"n": 1}}
+
+
+def test_search_as_json(service):
+    service.hits = [{"document": "d", "score": 0.5, "text": "t"}]
+    done = run("search", "query", "--collection", "c", "--key", "k", "--json")
+    assert json.loads(done.stdout)["data"] == service.hits
+
+
+def test_search_that_finds_nothing_says_so(service):
+    assert run("search", "query", "--collection", "c", "--key", "k").stdout == "Nothing found.\n"
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_search_with_a_bad_filter(service, text):
+    done = run("search", "query", "--collection", "c", "--key", "k", "--filter", text)
+    assert (done.exit_code, service.requests) == (2, [])
+    assert "--filter" in done.stderr
+
+
+def test_a_refusal_is_one_line(service):
+    problem = {"code": "collection_not_found", "detail": "You have no collection 'c'."}
+    service.refuse = httpx.Response(404, json=problem, headers={"x-request-id": "r1"})
+    done = run("search", "query", "--collection", "c", "--key", "k")
+    assert done.exit_code == 1
+    expected = "Error: You have no collection 'c'. (404 collection_not_found, request r1)\n"
+    assert done.stderr == expected
+
+
+def test_search_without_a_service(service):
+    service.refuse = httpx.ConnectError("refused")
+    done = run("search", "query", "--collection", "c", "--key", "k")
+    assert done.exit_code == 3
+    assert done.stderr == "Error: http://127.0.0.1:8000 cannot be reached: refused\n"
+
+
+# --- serve and keys, against a cluster that is not there -------------------------------------
+
+
+class Local:
+    """In place of deployments.local."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.environment: dict[str, str] = {}
+        self.port = 0
+        self.kept: list[Any] = []
+        self.broken: Exception | None = None
+
+    @contextmanager
+    def running(self, file: Any, claim: Claim, *, temp_dir: Path | None) -> Iterator[str]:
+        self.environment = dict(os.environ)
+        self.port = file.port
+        self.events.append(f"start in {temp_dir}")
+        claim.announce(Cluster("127.0.0.1:1", os.getpid(), file.url, "token"))
+        try:
+            yield "http://127.0.0.1:8265"
+        finally:
+            self.events.append("stop")
+
+    def wait_ready(self, _file: Any, timeout_s: float, _say: Any) -> None:
+        self.events.append(f"wait {timeout_s:.0f}")
+        if self.broken is not None:
+            raise self.broken
+
+    @contextmanager
+    def connected(self, address: str) -> Iterator[None]:
+        self.environment = dict(os.environ)
+        self.events.append(f"connect {address}")
+        if self.broken is not None:
+            raise self.broken
+        yield
+
+    def create_keys(self, _settings: Any, wanted: Any, *, first_only: bool = False) -> list[Any]:
+        if first_only and self.kept:
+            return []
+        made = [new_key(tenant, tier, 0.0) for tenant, tier in wanted]
+        self.kept += [key for key, _ in made]
+        return made
+
+    def list_keys(self, _settings: Any) -> list[Any]:
+        return self.kept
+
+
+@pytest.fixture
+def local(monkeypatch) -> Iterator[Local]:
+    made = Local()
+    before = dict(os.environ)
+    monkeypatch.setitem(sys.modules, "deployments.local", made)
+    monkeypatch.setattr(deployments, "local", made, raising=False)
+    monkeypatch.setattr(cli, "_until_interrupted", lambda: made.events.append("serve"))
+    yield made
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start(folder: Path, port: int, *more: str) -> Result:
+    where = ("--config", CONFIG, "--data-dir", str(folder), "--port", str(port))
+    return run("serve", *where, *more)
+
+
+def test_serve_starts_waits_and_stops(local, tmp_path, port):
+    done = start(tmp_path, port, "--ray-temp-dir", "/tmp/x", "--timeout", "7")  # noqa: S108
+    assert done.exit_code == 0, done.output
+    assert local.events == ["start in /tmp/x", "wait 7", "serve", "stop"]
+    assert local.port == port
+    assert local.environment["HEADRACE_DATA_DIR"] == str(tmp_path)
+    assert local.environment["HF_HUB_OFFLINE"] == "1"
+    assert local.environment["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert "RAY_SERVE_ENABLE_HA_PROXY" not in local.environment
+    assert list(tmp_path.iterdir()) == []
+    assert "http://127.0.0.1:8265" in done.stdout
+
+
+def test_the_first_start_shows_keys_once_and_what_to_try(local, tmp_path, port):
+    done = start(tmp_path, port)
+    keys = re.findall(r"^  (\w+) +(hr_\S+)$", done.stdout, re.MULTILINE)
+    assert [tier for tier, _ in keys] == ["free", "premium", "enterprise"]
+    assert [key.tenant for key in local.kept] == ["demo-free", "demo-premium", "demo-enterprise"]
+    assert f"curl -sS http://127.0.0.1:{port}/v1/embeddings" in done.stdout
+    assert f"-H 'Authorization: Bearer {keys[-1][1]}'" in done.stdout
+    assert "ingest python:topics" in done.stdout
+    again = start(tmp_path, port)
+    assert "hr_" not in again.stdout
+    assert "keys create --tenant NAME" in again.stdout
+    assert len(local.kept) == 3
+
+
+def test_demo_keys_can_be_left_out(local, tmp_path, port):
+    assert "hr_" not in start(tmp_path, port, "--no-demo-keys").stdout
+    assert local.kept == []
+
+
+def test_the_fast_profile_warns_of_open_ports(local, tmp_path, port):
+    done = start(tmp_path, port, "--profile", "fast")
+    assert local.environment["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+    assert re.search("all interfaces .*9101.*8404.*30000-31000", done.stderr)
+
+
+def test_an_application_that_fails_ends_with_1_and_stops(local, tmp_path, port):
+    local.broken = StartFailed("the application is DEPLOY_FAILED:\nno such model")
+    done = start(tmp_path, port)
+    assert done.exit_code == 1
+    assert done.stderr.endswith("Error: the application is DEPLOY_FAILED:\nno such model\n")
+    assert local.events[-1] == "stop"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_taken_port_is_said_before_ray_starts(local, tmp_path):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        done = start(tmp_path, other.getsockname()[1])
+    assert done.exit_code == 1
+    assert "address already in use" in done.stderr
+    assert local.events == []
+
+
+def test_one_cluster_per_data_folder(local, tmp_path, port):
+    with Claim.take(tmp_path):
+        done = start(tmp_path, port)
+    assert (done.exit_code, local.events) == (1, [])
+    assert "another headrace runs over" in done.stderr
+
+
+@pytest.fixture
+def cluster(tmp_path) -> Iterator[Path]:
+    with Claim.take(tmp_path) as claim:
+        claim.announce(Cluster("127.0.0.1:1", 1, "http://127.0.0.1:8000", "token"))
+        yield tmp_path
+
+
+def keys(*arguments: str, **environment: str) -> Result:
+    return run("keys", *arguments, "--config", CONFIG, **environment)
+
+
+def test_a_key_is_made_in_the_running_cluster(local, cluster, monkeypatch):
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    done = keys("create", "--tenant", "acme", "--tier", "free", "--data-dir", str(cluster))
+    assert done.exit_code == 0, done.output
+    assert re.fullmatch(r"hr_\S+\n", done.stdout)
+    assert local.events == ["connect 127.0.0.1:1"]
+    assert local.environment["RAY_AUTH_MODE"] == "token"
+    assert [(key.tenant, key.tier) for key in local.kept] == [("acme", "free")]
+
+
+def test_keys_as_json(local, cluster):
+    folder = ("--data-dir", str(cluster))
+    made = keys("create", "--tenant", "acme", "--tier", "free", "--json", *folder)
+    row = json.loads(made.stdout)
+    assert row.pop("key").startswith(f"hr_{row['id']}_")
+    assert json.loads(keys("list", "--json", *folder).stdout) == [row]
+
+
+def test_keys_are_listed_without_their_secret(local, cluster):
+    local.create_keys(None, [("acme", "free")])
+    done = keys("list", "--data-dir", str(cluster))
+    assert done.exit_code == 0
+    assert local.kept[0].id in done.stdout
+    assert local.kept[0].secret_sha256[:16] not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("more", "environment", "address"),
+    [
+        (("--address", "one:1"), {"RAY_ADDRESS": "two:2"}, "one:1"),
+        ((), {"RAY_ADDRESS": "two:2"}, "two:2"),
+    ],
+)
+def test_another_cluster_may_be_named(local, more, environment, address):
+    assert keys("list", *more, **environment).exit_code == 0
+    assert local.events == [f"connect {address}"]
+
+
+@pytest.mark.parametrize(
+    ("tenant", "tier", "word"),
+    [("Acme!", "free", "--tenant"), ("acme", "gold", "'gold' is no tier")],
+)
+def test_a_key_of_a_wrong_tenant_or_tier(local, cluster, tenant, tier, word):
+    done = keys("create", "--tenant", tenant, "--tier", tier, "--data-dir", str(cluster))
+    assert (done.exit_code, local.events) == (2, [])
+    assert word in done.stderr
+
+
+def test_keys_without_a_cluster(local, tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    done = keys("list", "--data-dir", str(tmp_path))
+    assert (done.exit_code, local.events) == (3, [])
+    assert done.stderr.startswith("Error: no headrace runs over")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (NotRunning("no Ray cluster at x"), 3, "Error: no Ray cluster at x\n"),
+        (
+            StoreUnavailable("The store is away."),
+            1,
+            "Error: The store is away. (store_unavailable)\n",
+        ),
+    ],
+)
+def test_what_goes_wrong_in_the_cluster_is_one_line(local, cluster, error, code, line):
+    local.broken = error
+    done = keys("list", "--data-dir", str(cluster))
+    assert (done.exit_code, done.stderr) == (code, line)
+
+
+def test_a_missing_deploy_file():
+    done = run("keys", "list", "--config", "nowhere.yaml")
+    assert done.exit_code == 1
+    assert "nowhere.yaml cannot be read" in done.stderr
+
+
+def test_help_does_not_import_ray():
+    code = (
+        "import sys\nfrom deployments.cli import main\n"
+        "main(['--help'], standalone_mode=False)\nprint('ray' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.splitlines()[-1] == "False"
+    assert {"serve", "keys", "ingest", "search"} <= set(done.stdout.split())

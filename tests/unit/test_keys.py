@@ -1,0 +1,281 @@
+import asyncio
+import logging
+import traceback
+
+import pytest
+
+from serve.admission.keys import Door, hash_secret, new_key, parse
+from serve.config import Admission
+from serve.errors import Forbidden, StoreUnavailable, Unauthorized
+from serve.records import Caller, Key
+
+
+class Keys:
+    """The Store's keys: may be away, and counts what it is asked."""
+
+    def __init__(self, *keys: Key) -> None:
+        self.known = {key.id: key for key in keys}
+        self.away = False
+        self.asked: list[str] = []
+        self.gate: asyncio.Event | None = None
+
+    async def find_key(self, key_id: str) -> Key | None:
+        self.asked.append(key_id)
+        if self.gate is not None:
+            await self.gate.wait()
+        if self.away:
+            raise StoreUnavailable("The Store is away.", retry_after_s=2)
+        return self.known.get(key_id)
+
+    async def create_key(self, op: str, key: Key) -> None:
+        self.known[key.id] = key
+
+    async def list_keys(self) -> list[Key]:
+        return list(self.known.values())
+
+
+KEY, TEXT = new_key("acme", "premium", 1.0)
+SECRET = TEXT.split("_", 2)[2]
+HEADER = f"Bearer {TEXT}"
+ACME = Caller("acme", "premium", 4, KEY.id)
+
+
+@pytest.fixture
+def keys() -> Keys:
+    return Keys(KEY)
+
+
+def door(keys: Keys, clock, **settings) -> Door:
+    values = {"key_cache_s": 1, "key_stale_s": 60} | settings
+    return Door(keys, Admission(**values), clock=clock)
+
+
+# --- the header -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        None,
+        "",
+        "Bearer",
+        "Bearer ",
+        TEXT,
+        f"Basic {TEXT}",
+        f"Bearer {TEXT}x",
+        f"Bearer x{TEXT}",
+        f"Bearer {TEXT[:-1]}",
+        f"Bearer {TEXT} {TEXT}",
+        f"Bearer {TEXT.upper()}",
+        "Bearer hr__",
+        f"Bearer hr_{KEY.id}_",
+        f"Bearer sk_{KEY.id}_{SECRET}",
+        f"Bearer hr_{KEY.id[:-1]}ü_{SECRET}",
+        f"Bearer hr_{KEY.id}_{SECRET[:-1]}\n",
+        "Bearer " + "a" * 100_000,
+    ],
+)
+def test_what_is_not_a_key_is_refused(header):
+    with pytest.raises(Unauthorized) as caught:
+        parse(header)
+    assert caught.value.status == 401
+    assert "Bearer hr_" in caught.value.message
+
+
+@pytest.mark.parametrize("header", [HEADER, f"bearer {TEXT}", f"BEARER   {TEXT} "])
+def test_a_key_is_taken_apart(header):
+    assert parse(header) == (KEY.id, SECRET)
+
+
+def test_new_keys_differ_parse_and_keep_no_secret():
+    made = [new_key("acme", "free", 2.0) for _ in range(100)]
+    assert len({key.id for key, _ in made}) == 100
+    for key, text in made:
+        key_id, secret = parse(f"Bearer {text}")
+        assert (key_id, hash_secret(secret)) == (key.id, key.secret_sha256)
+        assert secret not in repr(key)
+
+
+# --- who it is --------------------------------------------------------------------------------
+
+
+async def test_a_key_tells_tenant_tier_and_weight(keys, clock):
+    assert await door(keys, clock).caller(HEADER) == ACME
+
+
+async def test_a_wrong_secret_is_refused_like_an_unknown_id(keys, clock):
+    _, other = new_key("acme", "premium", 1.0)
+    wrong_secret = f"Bearer hr_{KEY.id}_{other[-43:]}"
+    messages = set()
+    for header in (wrong_secret, f"Bearer {other}"):
+        with pytest.raises(Unauthorized) as caught:
+            await door(keys, clock).caller(header)
+        messages.add(caught.value.message)
+    assert len(messages) == 1
+    assert await door(keys, clock).caller(HEADER) == ACME
+
+
+async def test_a_tier_that_is_not_configured_is_forbidden(clock):
+    key, text = new_key("acme", "platinum", 1.0)
+    with pytest.raises(Forbidden, match="'platinum'"):
+        await door(Keys(key), clock).caller(f"Bearer {text}")
+
+
+async def test_no_error_and_no_log_contains_the_secret(keys, clock, caplog):
+    caplog.set_level(logging.DEBUG)
+    _, other = new_key("acme", "premium", 1.0)
+    wrong = other[-43:]
+    refused = [HEADER[:-1] + "!", f"Bearer hr_{KEY.id}_{wrong}", f"Bearer {other}"]
+    for header in refused:
+        with pytest.raises(Unauthorized) as caught:
+            await door(keys, clock).caller(header)
+        error = caught.value
+        told = "".join(traceback.format_exception(error)) + error.message + repr(error.__reduce__())
+        assert wrong not in told
+        assert SECRET[:-1] not in told
+    keys.away = True
+    with pytest.raises(StoreUnavailable) as away:
+        await door(keys, clock).caller(HEADER)
+    assert SECRET not in "".join(traceback.format_exception(away.value))
+    assert SECRET not in caplog.text
+    assert wrong not in caplog.text
+
+
+# --- the cache --------------------------------------------------------------------------------
+
+
+async def test_a_key_is_trusted_for_its_time_and_then_asked_for_again(keys, clock):
+    front = door(keys, clock)
+    for _ in range(3):
+        await front.caller(HEADER)
+    clock.advance(0.999)
+    await front.caller(HEADER)
+    assert len(keys.asked) == 1
+    clock.advance(0.001)
+    await front.caller(HEADER)
+    assert len(keys.asked) == 2
+
+
+async def test_a_revoked_key_ends_with_its_time(keys, clock):
+    front = door(keys, clock)
+    await front.caller(HEADER)
+    del keys.known[KEY.id]
+    assert await front.caller(HEADER) == ACME
+    clock.advance(1)
+    with pytest.raises(Unauthorized):
+        await front.caller(HEADER)
+
+
+async def test_a_new_tier_counts_after_the_cached_time(keys, clock):
+    front = door(keys, clock)
+    await front.caller(HEADER)
+    keys.known[KEY.id] = Key(KEY.id, "acme", "enterprise", KEY.secret_sha256, 1.0)
+    clock.advance(1)
+    assert await front.caller(HEADER) == Caller("acme", "enterprise", 16, KEY.id)
+
+
+async def test_an_unknown_id_is_asked_for_once_in_that_time(clock):
+    keys = Keys()
+    front = door(keys, clock)
+    for _ in range(5):
+        with pytest.raises(Unauthorized):
+            await front.caller(HEADER)
+    assert len(keys.asked) == 1
+    await keys.create_key("op", KEY)
+    clock.advance(1)
+    assert await front.caller(HEADER) == ACME
+
+
+async def test_a_cached_key_still_needs_its_secret(keys, clock):
+    front = door(keys, clock)
+    await front.caller(HEADER)
+    with pytest.raises(Unauthorized):
+        await front.caller(f"Bearer hr_{KEY.id}_{'a' * 43}")
+
+
+async def test_the_cache_is_bounded_and_the_oldest_go(clock):
+    made = [new_key(f"t{number}", "free", 1.0) for number in range(10)]
+    keys = Keys(*(key for key, _ in made))
+    front = door(keys, clock, keys_cached_max=3)
+    for _, text in made:
+        await front.caller(f"Bearer {text}")
+    assert list(front._cache) == [key.id for key, _ in made[-3:]]
+    for _ in range(20):
+        with pytest.raises(Unauthorized):
+            await front.caller(f"Bearer {new_key('x', 'free', 1.0)[1]}")
+    assert len(front._cache) == 3
+
+
+# --- the Store is away ------------------------------------------------------------------------
+
+
+async def test_a_known_key_outlives_an_absence_of_the_store_up_to_its_bound(keys, clock):
+    front = door(keys, clock)
+    await front.caller(HEADER)
+    keys.away = True
+    for _ in range(60):
+        clock.advance(1)
+        assert await front.caller(HEADER) == ACME
+    clock.advance(1)
+    with pytest.raises(StoreUnavailable) as caught:
+        await front.caller(HEADER)
+    assert caught.value.retry_after_s == 2
+
+
+async def test_its_return_ends_the_stale_time(keys, clock):
+    front = door(keys, clock)
+    await front.caller(HEADER)
+    keys.away = True
+    clock.advance(30)
+    await front.caller(HEADER)
+    keys.away = False
+    del keys.known[KEY.id]
+    clock.advance(1)
+    with pytest.raises(Unauthorized):
+        await front.caller(HEADER)
+
+
+async def test_keys_never_seen_and_unknown_ones_are_not_let_in_meanwhile(keys, clock):
+    front = door(keys, clock)
+    _, stranger = new_key("acme", "premium", 1.0)
+    with pytest.raises(Unauthorized):
+        await front.caller(f"Bearer {stranger}")
+    keys.away = True
+    clock.advance(1)
+    for header in (f"Bearer {stranger}", HEADER):
+        with pytest.raises(StoreUnavailable):
+            await front.caller(header)
+
+
+async def test_one_request_waits_for_an_absent_store_and_the_others_pass(keys, clock):
+    """A call to an absent Store lasts until its timeout: nobody else is to wait for that."""
+    front = door(keys, clock)
+    await front.caller(HEADER)
+    keys.away = True
+    clock.advance(1)
+    await front.caller(HEADER)  # from now on it is known to be away
+    asked = len(keys.asked)
+    clock.advance(1)
+    keys.gate = asyncio.Event()
+    waits = asyncio.create_task(front.caller(HEADER))
+    await asyncio.sleep(0)
+    for _ in range(10):
+        assert await front.caller(HEADER) == ACME
+    assert not waits.done()
+    keys.gate.set()
+    assert await waits == ACME
+    assert len(keys.asked) == asked + 1
+
+
+async def test_a_stale_key_is_not_trusted_while_the_store_answers(keys, clock):
+    """Also not by those who come while another request asks for it."""
+    front = door(keys, clock)
+    await front.caller(HEADER)
+    del keys.known[KEY.id]
+    clock.advance(30)
+    keys.gate = asyncio.Event()
+    tasks = [asyncio.create_task(front.caller(HEADER)) for _ in range(3)]
+    await asyncio.sleep(0)
+    keys.gate.set()
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [Unauthorized] * 3

@@ -1,0 +1,91 @@
+"""deployments.local without a cluster: when a start counts as done, and as failed."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray.serve
+from ray.serve.schema import ApplicationStatus
+
+from deployments import local
+from deployments.places import DeployFile, StartFailed
+from serve.config import Settings
+from serve.records import Key
+
+
+FILE = DeployFile(
+    path=None,  # type: ignore[arg-type]
+    raw={"applications": [{"name": "headrace"}]},
+    settings=Settings(),
+)
+
+
+@pytest.fixture
+def looks(monkeypatch, clock) -> list[Any]:
+    """What Serve says look by look, the last for ever; every look takes its time."""
+    answers: list[Any] = []
+
+    def status() -> SimpleNamespace:
+        one = answers.pop(0) if len(answers) > 1 else answers[0]
+        return SimpleNamespace(applications={} if one is None else {"headrace": one})
+
+    monkeypatch.setattr(ray.serve, "status", status)
+    monkeypatch.setattr(local.time, "sleep", clock.advance)
+    monkeypatch.setattr(local.time, "monotonic", clock)
+    return answers
+
+
+def application(status: str, message: str = "") -> SimpleNamespace:
+    deployments = {"ingress": SimpleNamespace(status=SimpleNamespace(value="UPDATING"))}
+    return SimpleNamespace(
+        status=ApplicationStatus(status), message=message, deployments=deployments
+    )
+
+
+def test_it_waits_until_the_service_itself_is_ready(looks, monkeypatch):
+    answers = [False, True]
+    monkeypatch.setattr(local, "ready", lambda _url: answers.pop(0))
+    looks += [None, application("DEPLOYING"), application("RUNNING")]
+    said: list[str] = []
+    local.wait_ready(FILE, 100, said.append)
+    assert answers == []
+    assert said == ["ingress UPDATING"] * 2
+
+
+@pytest.mark.parametrize("status", ["DEPLOY_FAILED", "UNHEALTHY"])
+def test_a_broken_application_ends_the_wait_with_its_message(looks, status):
+    looks += [application("DEPLOYING"), application(status, "No such model.\n")]
+    with pytest.raises(StartFailed, match=rf"{status}:\nNo such model\.$"):
+        local.wait_ready(FILE, 100, lambda _text: None)
+
+
+def test_the_wait_is_bounded(looks, monkeypatch):
+    monkeypatch.setattr(local, "ready", lambda _url: False)
+    looks += [application("RUNNING")]
+    with pytest.raises(StartFailed, match="not ready after 3 s"):
+        local.wait_ready(FILE, 3, lambda _text: None)
+
+
+class Store:
+    """Keys in memory, in place of the port over the actor."""
+
+    def __init__(self) -> None:
+        self.kept: list[Key] = []
+
+    async def create_key(self, _op: str, key: Key) -> None:
+        self.kept.append(key)
+
+    async def list_keys(self) -> list[Key]:
+        return self.kept
+
+
+def test_demo_keys_are_made_for_an_empty_store_only(monkeypatch):
+    store = Store()
+    monkeypatch.setattr(local, "StorePort", lambda _settings: store)
+    wanted = [("demo-free", "free"), ("demo-premium", "premium")]
+    made = local.create_keys(Settings(), wanted, first_only=True)
+    assert [key for key, _ in made] == store.kept == local.list_keys(Settings())
+    assert [(key.tenant, key.tier) for key in store.kept] == wanted
+    assert local.create_keys(Settings(), wanted, first_only=True) == []
+    assert len(local.create_keys(Settings(), wanted)) == 2
+    assert len(store.kept) == 4
