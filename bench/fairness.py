@@ -1,13 +1,14 @@
 """How long does a light tenant wait while others flood, and who gets how much of the model?
 
-    python -m bench.fairness            # about two minutes
+    python -m bench.fairness            # about three minutes
     python -m bench.fairness --smoke
 
 The service's batcher, in this process and in real time, over a SIMULATED device (60,000 padded
 tokens/s and 6 ms a batch, slept away): it measures order, not models. Three policies take turns
 (`bench.policies`): the fair queue, first in first out, and the priority formula it replaces.
-In each round a policy meets three phases: light tenants alone; the same while a tenant of each
-tier and a bulk one keep a backlog; six tenants of one tier with unequal demands.
+In each round a policy meets four phases: light tenants alone; the same while a tenant of each
+tier and a bulk one keep a backlog; six tenants of one tier with unequal demands; and a fixed heap
+of work, timed, which says what order costs in throughput.
 """
 
 import asyncio
@@ -17,7 +18,7 @@ from typing import Any, Literal
 
 from bench.policies import POLICIES, TOKENS_S, Opener, Policy, simulated
 from bench.report import arguments, finish, jain, percentile, ratios, spread, table
-from bench.tenants import ASKERS, FLOODS, TIERS, Phase, demand, flood
+from bench.tenants import ASKERS, FLOODS, TIERS, Phase, demand, drain, flood
 
 
 @dataclass(frozen=True)
@@ -25,22 +26,23 @@ class Plan:
     """How long each phase lasts, and how much each flooding tenant keeps waiting."""
 
     rounds: int = 3
-    idle_s: float = 3
-    flood_s: float = 8
-    demand_s: float = 3
-    backlog_s: float = 0.75
+    idle_s: float = 2
+    flood_s: float = 6
+    demand_s: float = 2.5
+    backlog_s: float = 0.4
 
 
-SMOKE = Plan(rounds=1, idle_s=0.6, flood_s=1.5, demand_s=0.8, backlog_s=0.15)
+SMOKE = Plan(rounds=1, idle_s=0.5, flood_s=1.5, demand_s=0.8, backlog_s=0.1)
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """The three phases of one policy."""
+    """The phases of one policy."""
 
     idle: Phase
     flood: Phase
     demand: Phase
+    drain: Phase
 
 
 Rounds = Sequence[Round]
@@ -51,13 +53,19 @@ async def take_turns(opener: Opener, plan: Plan) -> dict[Policy, list[Round]]:
     taken: dict[Policy, list[Round]] = {policy: [] for policy in POLICIES}
     for number in range(plan.rounds):
         for policy, rounds in taken.items():
-            async with opener(policy) as target:
-                idle = await flood(target, number, seconds=plan.idle_s, backlog_s=0)
-            async with opener(policy) as target:
-                busy = await flood(target, number, seconds=plan.flood_s, backlog_s=plan.backlog_s)
-            async with opener(policy) as target:
-                rounds.append(Round(idle, busy, await demand(target, seconds=plan.demand_s)))
+            rounds.append(await _play(opener, policy, plan, number))
     return taken
+
+
+async def _play(opener: Opener, policy: Policy, plan: Plan, number: int) -> Round:
+    async with opener(policy) as target:
+        idle = await flood(target, number, seconds=plan.idle_s, backlog_s=0)
+    async with opener(policy) as target:
+        busy = await flood(target, number, seconds=plan.flood_s, backlog_s=plan.backlog_s)
+    async with opener(policy) as target:
+        asked = await demand(target, seconds=plan.demand_s)
+    async with opener(policy) as target:
+        return Round(idle, busy, asked, await drain(target, number, backlog_s=plan.backlog_s))
 
 
 def describe(rounds: Rounds) -> dict[str, Any]:
@@ -77,10 +85,9 @@ def describe(rounds: Rounds) -> dict[str, Any]:
             sum(sum(one.flood.cost.values()) for one in rounds) - cost[FLOODS["bulk"]],
             cost[FLOODS["bulk"]],
         ),
-        "jain": spread(
-            [jain([one.demand.tokens.get(name, 0) for name in ASKERS]) for one in rounds]
-        ),
-        "tokens_s": spread([one.flood.tokens_s for one in rounds]),
+        "jain": spread([_jain(one.demand.tokens) for one in rounds]),
+        "jain_of_cost": spread([_jain(one.demand.cost) for one in rounds]),
+        "tokens_s": spread([one.drain.tokens_s for one in rounds]),
         "handout_ms": {
             f"p{part}": percentile(handouts, part / 100) if handouts else None for part in (50, 95)
         },
@@ -95,6 +102,10 @@ def _p95(phases: Sequence[Phase], figure: Literal["queue_ms", "call_ms"]) -> dic
     }
 
 
+def _jain(served: Mapping[str, int]) -> float:
+    return jain([served.get(name, 0) for name in ASKERS])
+
+
 def _over(one: float, other: float) -> float | None:
     """How many times the other; None when the other got nothing."""
     return one / other if other else None
@@ -103,7 +114,7 @@ def _over(one: float, other: float) -> float | None:
 def summary(taken: Mapping[Policy, Rounds]) -> dict[str, Any]:
     """The JSON's keys: the fair queue's own figures first, then every policy's."""
     policies = {policy: describe(rounds) for policy, rounds in taken.items()}
-    pace = {policy: [one.flood.tokens_s for one in rounds] for policy, rounds in taken.items()}
+    pace = {policy: [one.drain.tokens_s for one in rounds] for policy, rounds in taken.items()}
     return {
         **policies["fair"],
         "throughput_ratio": ratios(pace["fair"], pace["fifo"]),
@@ -122,7 +133,7 @@ def shown(policies: Mapping[str, Mapping[str, Any]]) -> str:
         [
             name,
             " : ".join(f"{part:.3f}" for part in one["share"].values()),
-            one["jain"],
+            one["jain_of_cost"],
             one["tokens_s"],
             str(one["handout_ms"]["p50"] and round(one["handout_ms"]["p50"], 3)),
             one["unanswered"],
@@ -131,7 +142,7 @@ def shown(policies: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     heads = (
         ("policy", "light tenant of", "queue p95 ms", "p95 ms", "idle p95 ms"),
-        ("policy", " : ".join(FLOODS), "jain", "tokens/s", "hand-out ms", "unanswered"),
+        ("policy", " : ".join(FLOODS), "jain of cost", "tokens/s", "hand-out ms", "unanswered"),
     )
     return "\n\n".join(map(table, heads, (waits, whole)))
 

@@ -2,7 +2,6 @@
 
 Its deadlines are far off, too. A server is a subprocess on a free port of 127.0.0.1 with a data
 folder of its own; it ends with its context, and its log is shown when it does not start.
-its context, and its log is shown when it does not start.
 """
 
 import asyncio

@@ -24,7 +24,8 @@ FLOODS: Mapping[str, str] = {word: f"flood-{word}" for word in (*TIERS, "bulk")}
 """The tenants that never let up; the bulk one is of tier premium."""
 FLOOD_TOKENS = 220
 """Mean of the lognormal sizes."""
-BULK_CALL = (400,) * 4
+BULK_INPUTS = 4
+"""Of a bulk call, sized like the others: a policy that serves less bulk serves no other work."""
 DEMANDS = (0.3, 0.6, 1.0, 1.6, 2.5, 4.0)
 """Of six tenants of one tier, in parts of the device: all above a sixth, so all are backlogged."""
 DEMAND_TOKENS = (64, 2000, 256, 1024, 128, 512)
@@ -129,22 +130,31 @@ async def demand(target: Target, *, seconds: float) -> Phase:
     return phase
 
 
-def _floods(rng: random.Random, backlog_s: float) -> list[tuple[Tenant, Sequence[int]]]:
+async def drain(target: Target, seed: int, *, backlog_s: float) -> Phase:
+    """The floods' calls, all at once and each only once: every policy does the same work."""
+    phase, began = Phase(), monotonic()
+    async with asyncio.TaskGroup() as group:
+        for tenant, tokens in _floods(random.Random(seed), backlog_s):
+            group.create_task(target.embed(tenant.call(tokens)))
+            phase.served(tenant, tokens)
+    phase.seconds = monotonic() - began
+    return phase
+
+
+def _floods(rng: random.Random, backlog_s: float) -> list[tuple[Tenant, tuple[int, ...]]]:
     """The calls that flooding tenants keep waiting, in no order."""
-    tokens = int(backlog_s * TOKENS_S)
-    calls: list[tuple[Tenant, Sequence[int]]] = [
-        (Tenant(FLOODS[tier], tier), (_size(rng),))
-        for tier in TIERS
-        for _ in range(tokens // FLOOD_TOKENS)
-    ]
-    calls += [(Tenant(FLOODS["bulk"], "premium", "bulk"), BULK_CALL)] * (tokens // sum(BULK_CALL))
+    count = int(backlog_s * TOKENS_S) // FLOOD_TOKENS
+    tenants = [Tenant(FLOODS[tier], tier) for tier in TIERS]
+    bulk = Tenant(FLOODS["bulk"], "premium", "bulk")
+    calls = [(tenant, _sizes(rng, 1)) for tenant in tenants for _ in range(count)]
+    calls += [(bulk, _sizes(rng, BULK_INPUTS)) for _ in range(count // BULK_INPUTS)]
     rng.shuffle(calls)
     return calls
 
 
-def _size(rng: random.Random) -> int:
+def _sizes(rng: random.Random, count: int) -> tuple[int, ...]:
     """Lognormal about 200 tokens."""
-    return int(min(max(rng.lognormvariate(5.3, 0.5), 8), 512))
+    return tuple(int(min(max(rng.lognormvariate(5.3, 0.5), 8), 512)) for _ in range(count))
 
 
 async def _repeat(target: Target, tenant: Tenant, tokens: Sequence[int], phase: Phase) -> None:

@@ -63,7 +63,7 @@ def start(actors: Mapping[str, Any], settings: Settings) -> None:
     Older ones leave first, in reverse order, because the Upserter drains into the Store. The new
     ones start side by side: each costs seconds of imports. Raises what a constructor raises.
     """
-    for role in reversed(actors):
+    for role in reversed(list(actors)):
         for other in living(role):
             if other != name_of(role, settings):
                 retire(other, settings.actors.drain_s + LOOK_EVERY_S)

@@ -128,6 +128,8 @@ def serve(
         os.environ[DATA_DIR] = str(folder)
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray nices its workers to 15: whatever else runs here would starve the model.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         if profile == "fast":
             click.secho(f"Warning: {OPENED}", fg="yellow", err=True)
         from deployments import local  # noqa: PLC0415  Ray reads its environment on import

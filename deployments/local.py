@@ -20,7 +20,7 @@ from types import FrameType
 import ray
 import ray.serve
 import yaml
-from ray.serve.schema import ApplicationStatus
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 from ray.serve.scripts import cli as serve_command
 
 from deployments.actors import NAMESPACE, STORE, UPSERTER, living, retire
@@ -66,14 +66,22 @@ def wait_ready(file: DeployFile, timeout_s: float, say: Callable[[str], None]) -
         application = ray.serve.status().applications.get(file.application)
         if application is not None:
             if application.status in BROKEN:
-                word = application.status.value
-                raise StartFailed(f"the application is {word}:\n{application.message.strip()}")
+                raise StartFailed(_why(application))
             if application.status == ApplicationStatus.RUNNING and ready(file.url):
                 return
             parts = [f"{name} {one.status.value}" for name, one in application.deployments.items()]
             say(", ".join(parts) or application.status.value)
         time.sleep(LOOK_EVERY_S)
     raise StartFailed(f"the service was not ready after {timeout_s:.0f} s; see --timeout")
+
+
+def _why(application: ApplicationStatusOverview) -> str:
+    """The application's status and message, and those of its deployments that are at fault."""
+    lines = [f"the application is {application.status.value}: {application.message.strip()}"]
+    for name, one in application.deployments.items():
+        if one.status.value != "HEALTHY" and one.message:
+            lines.append(f"{name} is {one.status.value}: {one.message.strip()}")
+    return "\n".join(lines)
 
 
 @contextmanager
@@ -154,14 +162,15 @@ def _stop(settings: Settings) -> None:
     """Let requests end, the writer flush and the Store close its file; then end the cluster."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        if ray.is_initialized():
-            ray.serve.shutdown()  # type: ignore[no-untyped-call]
-            for role in (UPSERTER, STORE):
-                for name in living(role):
-                    retire(name, settings.actors.drain_s)
-    finally:
-        ray.shutdown()
+    with redirect_stdout(StringIO()):  # Ray reports each actor that leaves as it was told to
+        try:
+            if ray.is_initialized():
+                ray.serve.shutdown()  # type: ignore[no-untyped-call]
+                for role in (UPSERTER, STORE):
+                    for name in living(role):
+                        retire(name, settings.actors.drain_s)
+        finally:
+            ray.shutdown()
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:

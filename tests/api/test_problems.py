@@ -4,6 +4,8 @@ import json
 import logging
 import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,14 @@ def test_each_error_is_documented():
     page = (DOCS / "api.md").read_text(encoding="utf-8")
     table = dict(re.findall(r"^\| `(\w+)` \| (\d{3}) \|", page, re.MULTILINE))
     assert table == {kind.code: str(kind.status) for kind in in_package()}
+
+
+def test_each_finer_code_is_documented():
+    page = (DOCS / "api.md").read_text(encoding="utf-8")
+    sources = [path.read_text(encoding="utf-8") for path in (DOCS.parent / "serve").rglob("*.py")]
+    codes = {code for text in sources for code in re.findall(r'\bcode="(\w+)"', text)}
+    assert len(codes) > 10
+    assert {code for code in codes if f"`{code}`" not in page} == set()
 
 
 def test_only_what_waiting_cures_says_how_long():
@@ -179,9 +189,6 @@ async def test_health_needs_no_key(whole):
 
 
 def test_the_api_does_not_load_ray_or_torch():
-    import subprocess  # noqa: PLC0415
-    import sys  # noqa: PLC0415
-
     code = (
         "import sys, serve.api.app; "
         "print([n for n in ('ray', 'torch', 'lancedb', 'pinecone') if n in sys.modules])"

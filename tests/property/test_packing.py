@@ -1,6 +1,7 @@
 """Packing loses nothing, keeps its bounds and wastes little; the pace stays sane."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -58,7 +59,7 @@ def test_neighbours_are_of_like_length(tokens, tokens_max, items_max):
 @given(tokens=st.lists(st.integers(1, 600), min_size=1, max_size=80), **bounds)
 def test_no_batch_could_take_its_successor(tokens, tokens_max, items_max):
     batches = pack(tokens, tokens_max=tokens_max, items_max=items_max)
-    for batch, following in zip(batches, batches[1:], strict=False):
+    for batch, following in pairwise(batches):
         longer = [tokens[index] for index in (*batch, following[0])]
         assert padded(longer) > tokens_max or len(batch) == items_max
 

@@ -137,9 +137,9 @@ def test_the_least_cosine_counts():
 def played(queue_ms: float, tokens: int) -> fairness.Round:
     waits = {tier: Waits([queue_ms + 5], [queue_ms]) for tier in TIERS}
     cost = dict(zip(FLOODS.values(), (1, 4, 16, 2), strict=True))
-    flooded = Phase(2.0, waits, {"anyone": tokens}, cost, [0.5])
-    asked = Phase(1.0, tokens=dict.fromkeys(ASKERS, 7))
-    return fairness.Round(Phase(1.0, waits), flooded, asked)
+    flooded = Phase(2.0, waits, {}, cost, [0.5])
+    asked = Phase(1.0, tokens=dict.fromkeys(ASKERS, 7), cost={ASKERS[0]: 7})
+    return fairness.Round(Phase(1.0, waits), flooded, asked, Phase(2.0, tokens={"all": tokens}))
 
 
 def test_fairness_reports_waits_shares_and_what_order_costs():
@@ -152,6 +152,8 @@ def test_fairness_reports_waits_shares_and_what_order_costs():
     assert found["interactive_over_bulk"] == 10.5
     assert found["throughput_ratio"]["median"] == 0.9
     assert found["jain"]["median"] == 1
+    assert found["jain_of_cost"]["median"] == pytest.approx(1 / 6)
+    assert found["tokens_s"]["max"] == 450
     assert found["handout_ms"] == {"p50": 0.5, "p95": 0.5}
     assert "enterprise" in fairness.shown(found["policies"])
 

@@ -36,7 +36,10 @@ def looks(monkeypatch, clock) -> list[Any]:
 
 
 def application(status: str, message: str = "") -> SimpleNamespace:
-    deployments = {"ingress": SimpleNamespace(status=SimpleNamespace(value="UPDATING"))}
+    deployments = {
+        "embedder": SimpleNamespace(status=SimpleNamespace(value="HEALTHY"), message="fine"),
+        "ingress": SimpleNamespace(status=SimpleNamespace(value="UPDATING"), message="no sha\n"),
+    }
     return SimpleNamespace(
         status=ApplicationStatus(status), message=message, deployments=deployments
     )
@@ -49,13 +52,15 @@ def test_it_waits_until_the_service_itself_is_ready(looks, monkeypatch):
     said: list[str] = []
     local.wait_ready(FILE, 100, said.append)
     assert answers == []
-    assert said == ["ingress UPDATING"] * 2
+    assert said == ["embedder HEALTHY, ingress UPDATING"] * 2
 
 
 @pytest.mark.parametrize("status", ["DEPLOY_FAILED", "UNHEALTHY"])
 def test_a_broken_application_ends_the_wait_with_its_message(looks, status):
     looks += [application("DEPLOYING"), application(status, "No such model.\n")]
-    with pytest.raises(StartFailed, match=rf"{status}:\nNo such model\.$"):
+    with pytest.raises(
+        StartFailed, match=rf"{status}: No such model\.\ningress is UPDATING: no sha$"
+    ):
         local.wait_ready(FILE, 100, lambda _text: None)
 
 

@@ -1,0 +1,342 @@
+"""What a caller gets, in which order, and when it is refused. See also test_batching_failures."""
+
+import asyncio
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from serve.errors import DeadlineExceeded, Internal, NotFound, Overloaded, QuotaExceeded
+from serve.records import EmbedReply, Input
+
+
+BAD = 666
+"""An input that starts with this token id must not reach the model."""
+
+
+def ids(*row: int) -> Input:
+    return Input(ids=np.array(row, np.int32))
+
+
+def of_length(length: int, first: int = 1) -> Input:
+    return ids(first, *range(2, length + 1))
+
+
+# --- answers ----------------------------------------------------------------------------------
+
+
+async def test_rows_come_back_in_input_order_and_as_if_alone(rig, rng):
+    """Also when lengths are mixed and several calls share batches."""
+    one = rig()
+    calls = [[of_length(rng.randint(1, 200), n) for n in range(20)] for _ in range(5)]
+    replies = await asyncio.gather(*(one.ask(*inputs, tenant=str(inputs)) for inputs in calls))
+    for inputs, reply in zip(calls, replies, strict=True):
+        assert reply.failures == ()
+        assert reply.vectors.dtype == np.float32
+        assert np.array_equal(reply.vectors, [one.alone(input_) for input_ in inputs])
+
+
+async def test_a_call_on_an_idle_model_is_served_at_once(rig):
+    one = rig()
+    reply = await one.ask(of_length(10))
+    assert (reply.queue_ms, reply.infer_ms) == (0, pytest.approx(10))
+    assert one.spy.batches == [[list(range(1, 11))]]
+
+
+async def test_arrivals_of_the_same_turn_share_a_batch(rig):
+    one = rig()
+    await asyncio.gather(*(one.ask(ids(n, n), tenant=f"t{n}") for n in range(1, 11)))
+    assert [len(batch) for batch in one.spy.batches] == [10]
+
+
+async def test_a_call_without_inputs_is_answered(rig):
+    reply = await rig().ask()
+    assert reply.vectors.shape == (0, 16)
+
+
+async def test_a_call_whose_counts_do_not_match_is_refused_not_lost(rig):
+    with pytest.raises(Internal, match="1 token counts for 2 inputs"):
+        await rig().ask(ids(1), ids(2), tokens=(1,))
+
+
+async def test_an_unknown_model_is_refused(rig):
+    with pytest.raises(NotFound):
+        await rig().ask(ids(1), model="x")
+
+
+async def test_queue_and_model_time_are_told_apart(rig, clock):
+    one = rig()
+    await one.hold()
+    task = await one.start(of_length(20))
+    clock.advance(3)
+    await one.release()
+    reply = await task
+    assert reply.queue_ms == pytest.approx(3001)
+    assert reply.infer_ms == pytest.approx(20)
+
+
+# --- batches ----------------------------------------------------------------------------------
+
+
+async def test_padded_tokens_of_a_batch_never_exceed_the_budget(rig, rng):
+    one = rig(tokens_max=300, tokens_min=300, items_max=16)
+    inputs = [of_length(rng.choice([3, 10, 100, 250, 400])) for _ in range(200)]
+    await one.ask(*inputs)
+    assert len(one.spy.seen) == 200
+    for batch, padded in zip(one.spy.batches, one.spy.padded, strict=True):
+        assert len(batch) <= 16
+        assert padded <= 300 or len(batch) == 1
+    tally = one.batcher.tally
+    assert tally.inputs == 200
+    assert tally.tokens == sum(len(input_.ids) for input_ in inputs)
+    assert tally.padded == sum(one.spy.padded)
+    assert tally.batches == len(one.spy.batches)
+    assert tally.model_s == pytest.approx(sum(one.spy.padded) / 1000)
+
+
+async def test_a_hand_out_is_bounded_in_predicted_time(rig):
+    one = rig(target_ms=50, tokens_min=8, tokens_max=10_000)
+    await one.hold()
+    for number in range(30):
+        await one.start(of_length(10), tenant=f"t{number}")
+    await one.release()
+    # 50 ms at 1 ms a token; the first batch is the occupant's
+    assert [len(batch) for batch in one.spy.batches] == [1, *[5] * 6]
+
+
+async def test_a_hand_out_may_always_hold_tokens_min(rig):
+    one = rig(target_ms=0.001, tokens_min=40, tokens_max=10_000)
+    await one.hold()
+    for number in range(8):
+        await one.start(of_length(10), tenant=f"t{number}")
+    await one.release()
+    assert [len(batch) for batch in one.spy.batches] == [1, 4, 4]
+
+
+async def test_two_models_share_a_queue_but_never_a_batch(rig):
+    one = rig()
+    await one.hold()
+    tasks = []
+    for number in range(1, 21):
+        model = "mn"[number % 2]
+        tasks.append(await one.start(ids(number, 2), model=model, tenant=f"t{number}"))
+    await one.release()
+    replies = [await task for task in tasks]
+    assert {reply.vectors.shape for reply in replies} == {(1, 16), (1, 8)}
+    assert set(one.spy.seen) - {9} == set(range(2, 21, 2))
+    assert set(one.engines["n"].seen) == set(range(1, 21, 2))
+
+
+async def test_a_dear_model_costs_more_of_the_queue(rig):
+    """A tenant gains nothing by sending its work to the slower model of a pool."""
+    one = rig()
+    await one.hold()
+    await one.start(of_length(100), model="m")
+    cheap = one.batcher.queued_tokens
+    await one.start(of_length(100), model="n")
+    assert one.batcher.queued_tokens - cheap == pytest.approx(10 * cheap)
+
+
+async def test_batches_grow_while_the_model_is_busy(rig):
+    """With a real thread: what arrives during a batch is the next batch."""
+    entered, go = threading.Event(), threading.Event()
+
+    def wait(_, vectors):
+        entered.set()
+        assert go.wait(10)
+        return vectors
+
+    with ThreadPoolExecutor(1) as thread:
+        one = rig(device=thread)
+        one.spy.fault = wait
+        await one.start(ids(1))
+        assert await asyncio.to_thread(entered.wait, 10)
+        for number in range(2, 12):
+            await one.start(ids(number), tenant=f"t{number}")
+        assert one.batcher.queued_items == 10
+        go.set()
+        await asyncio.gather(*one.tasks)
+        assert [len(batch) for batch in one.spy.batches] == [1, 10]
+
+
+# --- order ------------------------------------------------------------------------------------
+
+
+async def test_a_large_call_does_not_block_a_small_one_of_another_tenant(rig):
+    one = rig(tokens_min=100, tokens_max=100, target_ms=1)
+    await one.hold()
+    large = await one.start(*(of_length(50, 1) for _ in range(200)), tenant="large")
+    small = await one.start(of_length(50, 2), tenant="small")
+    for _ in range(3):  # the occupant, at most one slice of the large call, the small one
+        await one.device.step()
+    assert small.done()
+    assert not large.done()
+    assert one.spy.seen.count(1) <= 2
+    await one.release()
+    assert (await large).vectors.shape == (200, 16)
+
+
+async def test_interactive_goes_before_bulk_nine_to_one(rig):
+    one = rig(tokens_min=100, tokens_max=100, target_ms=1)
+    await one.hold()
+    for number in range(100):
+        await one.start(of_length(100, 1), klass="bulk", deadline_s=3600, tenant="job")
+        await one.start(of_length(100, 2), deadline_s=3600, tenant=f"user{number}")
+    await one.device.step()
+    for _ in range(100):
+        await one.device.step()
+    served = Counter(one.spy.seen)
+    assert (served[1], served[2]) == (10, 90)
+    await one.release()
+
+
+async def test_weights_divide_the_model(rig):
+    one = rig(tokens_min=100, tokens_max=100, target_ms=1)
+    await one.hold()
+    for _ in range(100):
+        for marker, weight in ((1, 1.0), (4, 4.0), (16, 16.0)):
+            await one.start(
+                of_length(100, marker), tenant=f"t{marker}", weight=weight, deadline_s=3600
+            )
+    await one.device.step()
+    for _ in range(105):
+        await one.device.step()
+    served = Counter(one.spy.seen)
+    assert [served[marker] for marker in (1, 4, 16)] == pytest.approx([5, 20, 80], abs=1)
+    await one.release()
+
+
+# --- leaving and expiring ---------------------------------------------------------------------
+
+
+async def test_the_model_never_sees_the_work_of_a_caller_who_left(rig):
+    one = rig()
+    await one.hold()
+    leaves = await one.start(*(of_length(200, BAD) for _ in range(5)))
+    stays = await one.start(of_length(10, 3), tenant="bob")
+    await one.leave(leaves)
+    assert (one.batcher.queued_tokens, one.batcher.queued_items) == (10, 1)
+    await one.release()
+    await stays
+    assert set(one.spy.seen) == {9, 3}
+    assert one.batcher.tally.dropped == 5
+
+
+async def test_what_left_of_a_hand_out_between_batches_is_not_run(rig):
+    one = rig(tokens_min=100, tokens_max=100, target_ms=1000)
+    await one.hold()
+    stays = await one.start(of_length(100, 3), tenant="bob")
+    leaves = await one.start(of_length(90, BAD))
+    await one.device.step()  # the occupant's; both are handed out, in two batches
+    await one.leave(leaves)
+    await one.release()
+    await stays
+    assert one.spy.seen == [9, 3]
+
+
+async def test_a_caller_who_leaves_in_the_midst_frees_the_rest(rig):
+    one = rig(tokens_min=100, tokens_max=100, target_ms=1)
+    await one.hold()
+    task = await one.start(*(of_length(100, BAD) for _ in range(50)))
+    for _ in range(3):
+        await one.device.step()
+    await one.leave(task)
+    assert one.batcher.queued_tokens == 0
+    await one.release()
+    assert one.spy.seen.count(BAD) <= 3
+
+
+async def test_what_waited_past_its_deadline_is_answered_and_not_run(rig, clock):
+    one = rig()
+    await one.hold()
+    late = await one.start(of_length(100, BAD), deadline_s=1)
+    in_time = await one.start(of_length(10, 3), deadline_s=60, tenant="bob")
+    clock.advance(30)
+    await one.release()
+    with pytest.raises(DeadlineExceeded):
+        await late
+    assert (await in_time).failures == ()
+    assert set(one.spy.seen) == {9, 3}
+    assert one.batcher.tally.dropped == 1
+
+
+async def test_the_time_of_its_own_work_does_not_count_against_the_deadline(rig):
+    one = rig(tokens_min=100, tokens_max=100, target_ms=1)
+    reply = await one.ask(*(of_length(100) for _ in range(50)), deadline_s=1)  # 5 s of work
+    assert reply.failures == ()
+
+
+# --- refusals ---------------------------------------------------------------------------------
+
+
+async def test_a_tenants_own_cap_is_told_with_the_wait(rig):
+    one = rig()
+    await one.hold()
+    await one.start(of_length(500), of_length(400), of_length(500), deadline_s=60)
+    await one.start(of_length(400), tenant="bob")
+    with pytest.raises(QuotaExceeded) as caught:
+        await one.ask(of_length(200), queued_tokens_max=1500)
+    assert (caught.value.code, caught.value.status) == ("queued_tokens", 429)
+    assert caught.value.retry_after_s == pytest.approx(1.8)  # 1,800 tokens wait, hers last
+    assert "1400" in caught.value.message
+    await one.start(of_length(100), queued_tokens_max=1500, deadline_s=60)
+    await one.release()
+
+
+async def test_the_whole_queue_is_bounded_in_tokens_and_inputs(rig):
+    one = rig(queue_tokens_max=1000, queue_items_max=20)
+    await one.hold()
+    await one.start(of_length(400), of_length(400))
+    with pytest.raises(Overloaded) as caught:
+        await one.ask(of_length(300), tenant="bob")
+    assert caught.value.status == 503
+    assert caught.value.retry_after_s >= 1
+    await one.start(*(ids(1) for _ in range(18)), tenant="bob")
+    with pytest.raises(Overloaded):
+        await one.ask(ids(1), tenant="eve")
+    await one.release()
+    await one.ask(ids(1), tenant="eve")
+
+
+@pytest.mark.parametrize("cap", ["tenant", "tokens", "items"])
+async def test_refusal_does_not_depend_on_packing(rig, cap):
+    """A call of n inputs and n calls of one are admitted alike."""
+    limits = {"tokens": {"queue_tokens_max": 100}, "items": {"queue_items_max": 10}}.get(cap, {})
+    own = 100 if cap == "tenant" else 10**6
+
+    async def fill(sizes: list[int]) -> int:
+        one = rig(**limits)
+        await one.hold()
+        for size in sizes:
+            await one.start(*(of_length(10) for _ in range(size)), queued_tokens_max=own)
+        waiting = one.batcher.queued_items
+        await one.release()
+        outcomes = await asyncio.gather(*one.tasks, return_exceptions=True)
+        assert sum(len(r.vectors) for r in outcomes if isinstance(r, EmbedReply)) == waiting + 1
+        return waiting
+
+    assert await fill([1] * 15) == 10
+    assert await fill([5] * 3) == 10
+    assert await fill([10, 1]) == 10
+
+
+async def test_a_call_above_a_cap_passes_when_nothing_waits(rig):
+    """Otherwise it could never pass."""
+    one = rig(queue_tokens_max=50, queue_items_max=1)
+    reply = await one.ask(of_length(90), of_length(90), queued_tokens_max=20)
+    assert len(reply.vectors) == 2
+
+
+async def test_what_cannot_be_in_time_is_refused_at_once(rig):
+    one = rig()
+    await one.hold()
+    for _ in range(30):
+        await one.start(of_length(500), deadline_s=60)
+    with pytest.raises(Overloaded) as caught:
+        await one.ask(ids(1), deadline_s=10)
+    assert "15.0 s" in caught.value.message
+    assert caught.value.retry_after_s == pytest.approx(15)
+    await one.start(ids(1), deadline_s=10, tenant="bob")  # who has nothing waiting is not behind
+    await one.release()
