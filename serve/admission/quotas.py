@@ -164,7 +164,7 @@ class Quotas:
             raise BadInput(
                 f"The request has {tokens} tokens; tier {caller.tier} allows "
                 f"{int(per_token.burst)} at once ({per_token.name}).",
-                param="input",
+                param="input" if klass == "interactive" else "documents",
                 code="tokens_exceed_quota",
             )
         refused = self._gcra.charge(caller.tenant, {requests: 1, per_token: tokens}, now)

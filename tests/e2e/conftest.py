@@ -49,8 +49,14 @@ def start(data_dir: Path) -> Served:
     log = data_dir.parent / "serve.log"
     with log.open("w") as output_file:
         process = subprocess.Popen(
-            [BIN / "headrace", "serve", f"--data-dir={data_dir}", f"--port={port}"]
-            + [f"--ray-temp-dir={temp_dir}", f"--timeout={START_S_MAX}"],
+            [
+                BIN / "headrace",
+                "serve",
+                f"--data-dir={data_dir}",
+                f"--port={port}",
+                f"--ray-temp-dir={temp_dir}",
+                f"--timeout={START_S_MAX}",
+            ],
             cwd=ROOT,
             stdout=output_file,
             stderr=subprocess.STDOUT,

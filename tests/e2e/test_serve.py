@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import httpx
 import numpy as np
@@ -68,10 +67,3 @@ def test_a_request_refused_by_the_real_tokenizer_names_the_input(served):
         timeout=30,
     ).json()
     assert cut["truncated"] == [{"index": 1, "tokens": 402, "used": 256}]
-
-
-FOLDOC = Path("/usr/share/dictd/foldoc.index")
-
-SEARCHES = {
-    "@@": "@@",
-}
