@@ -244,7 +244,6 @@ class Batcher:
         tokens = [pending.call.tokens[index] for pending, index in members]
         for batch in pack(tokens, tokens_max=self._budget, items_max=self._batch.items_max):
             await self._embed([members[position] for position in batch])
-            await asyncio.sleep(0)
 
     async def _embed(self, members: list[Member], *, again: bool = False) -> None:
         """One batch. `again`: its inputs have failed before, in company or alone."""

@@ -1,6 +1,5 @@
 """Packing loses nothing, keeps its bounds and wastes little; the pace stays sane."""
 
-import math
 from itertools import pairwise
 
 import pytest
@@ -142,6 +141,6 @@ def test_it_stays_usable_after_any_number_of_absurd_batches(seconds):
     pace = Pace(overhead_s=0.0, token_s=1e-4)
     for _ in range(20_000):
         pace.learn(100, seconds)
+    assert 1e-3 <= pace.scale <= 1e3
     assert pace.seconds(100) > 0
-    assert math.isfinite(pace.seconds(10_000))
     assert pace.tokens_in(0.05) >= 0

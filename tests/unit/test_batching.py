@@ -66,6 +66,19 @@ async def test_an_unknown_model_is_refused(rig):
         await rig().ask(ids(1), model="x")
 
 
+async def test_the_clock_of_a_call_starts_at_its_first_slice(rig):
+    one = rig(tokens_min=100, tokens_max=100, target_ms=1)
+    reply = await one.ask(*(of_length(100) for _ in range(5)))
+    assert (reply.queue_ms, reply.infer_ms) == (0, pytest.approx(500))
+
+
+async def test_nothing_is_kept_of_calls_that_were_answered(rig):
+    one = rig()
+    for number in range(5):
+        await one.ask(ids(number))
+    assert not one.batcher._calls
+
+
 async def test_queue_and_model_time_are_told_apart(rig, clock):
     one = rig()
     await one.hold()
@@ -115,6 +128,35 @@ async def test_a_hand_out_may_always_hold_tokens_min(rig):
     assert [len(batch) for batch in one.spy.batches] == [1, 4, 4]
 
 
+async def test_a_hand_out_is_bounded_in_inputs(rig):
+    one = rig(items_max=4)
+    await one.hold()
+    for number in range(4):
+        await one.start(ids(1), ids(2), ids(3), tenant=f"t{number}")
+    await one.start(ids(4), tenant="last")
+    await one.release()
+    assert [len(batch) for batch in one.spy.batches] == [1, 3, 3, 3, 4]
+
+
+async def test_hand_outs_shrink_on_a_device_that_slows_down(rig, clock):
+    one = rig(target_ms=80, tokens_min=8, tokens_max=10_000)
+
+    def slow(batch, vectors):
+        clock.advance(3 * sum(len(input_.ids) for input_ in batch) / 1000)
+        return vectors
+
+    async def largest() -> int:
+        one.spy.batches.clear()
+        await asyncio.gather(*(one.ask(of_length(10), tenant=f"t{n}") for n in range(40)))
+        return max(one.spy.padded)
+
+    assert await largest() == 80
+    one.spy.fault = slow
+    for _ in range(10):
+        await largest()
+    assert await largest() == 20
+
+
 async def test_two_models_share_a_queue_but_never_a_batch(rig):
     one = rig()
     await one.hold()
@@ -137,6 +179,23 @@ async def test_a_dear_model_costs_more_of_the_queue(rig):
     cheap = one.batcher.queued_tokens
     await one.start(of_length(100), model="n")
     assert one.batcher.queued_tokens - cheap == pytest.approx(10 * cheap)
+
+
+async def test_the_wait_behind_a_dear_model_is_predicted_as_such(rig):
+    one = rig()
+    await one.hold()
+    await one.start(of_length(100), of_length(100), model="n")
+    for model in "mn":  # 200 tokens at 10 ms
+        with pytest.raises(Overloaded, match=r"2\.0 s"):
+            await one.ask(ids(1), model=model, deadline_s=1)
+    await one.release()
+
+
+async def test_every_input_has_a_fixed_part_in_its_cost(rig):
+    one = rig(item_overhead_tokens=32)
+    await one.hold()
+    await one.start(of_length(10), of_length(20), tenant="bob")
+    assert (one.batcher.queued_tokens, one.batcher.queued_items) == (94, 2)
 
 
 async def test_batches_grow_while_the_model_is_busy(rig):

@@ -1,4 +1,5 @@
 import asyncio
+import itertools
 import logging
 import traceback
 
@@ -74,6 +75,7 @@ def door(keys: Keys, clock, **settings) -> Door:
         f"Bearer hr_{KEY.id}_{SECRET[:-1]}\n",
         "Bearer " + "a" * 100_000,
     ],
+    ids=itertools.count(),  # the keys are random
 )
 def test_what_is_not_a_key_is_refused(header):
     with pytest.raises(Unauthorized) as caught:
@@ -82,7 +84,9 @@ def test_what_is_not_a_key_is_refused(header):
     assert "Bearer hr_" in caught.value.message
 
 
-@pytest.mark.parametrize("header", [HEADER, f"bearer {TEXT}", f"BEARER   {TEXT} "])
+@pytest.mark.parametrize(
+    "header", [HEADER, f"bearer {TEXT}", f"BEARER   {TEXT} "], ids=itertools.count()
+)
 def test_a_key_is_taken_apart(header):
     assert parse(header) == (KEY.id, SECRET)
 
@@ -206,6 +210,27 @@ async def test_the_cache_is_bounded_and_the_oldest_go(clock):
     assert len(front._cache) == 3
 
 
+async def test_a_key_that_is_in_use_outlasts_one_that_is_not(clock):
+    made = [new_key(f"t{number}", "free", 1.0)[::-1] for number in range(4)]
+    front = door(Keys(*(key for _, key in made)), clock, keys_cached_max=3)
+    for number in (0, 1, 2, 0, 3):
+        await front.caller(f"Bearer {made[number][0]}")
+        clock.advance(1)
+    assert list(front._cache) == [made[number][1].id for number in (2, 0, 3)]
+
+
+async def test_trust_counts_from_the_question_not_from_a_slow_answer(keys, clock):
+    front = door(keys, clock)
+    keys.gate = asyncio.Event()
+    task = asyncio.create_task(front.caller(HEADER))
+    await asyncio.sleep(0)
+    clock.advance(5)
+    keys.gate.set()
+    await task
+    await front.caller(HEADER)
+    assert len(keys.asked) == 2
+
+
 # --- the Store is away ------------------------------------------------------------------------
 
 
@@ -267,10 +292,13 @@ async def test_one_request_waits_for_an_absent_store_and_the_others_pass(keys, c
     assert len(keys.asked) == asked + 1
 
 
-async def test_a_stale_key_is_not_trusted_while_the_store_answers(keys, clock):
+@pytest.mark.parametrize("was_away", [False, True])
+async def test_a_stale_key_is_not_trusted_while_the_store_answers(keys, clock, was_away):
     """Also not by those who come while another request asks for it."""
     front = door(keys, clock)
-    await front.caller(HEADER)
+    for keys.away in (False, was_away, False):
+        await front.caller(HEADER)
+        clock.advance(1)
     del keys.known[KEY.id]
     clock.advance(30)
     keys.gate = asyncio.Event()
