@@ -87,7 +87,7 @@ def stop(served: Served) -> int:
         shutil.rmtree(served.temp_dir, ignore_errors=True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     service = start(tmp_path_factory.mktemp("served") / "data")
     yield service

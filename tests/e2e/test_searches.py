@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 README = (Path(__file__).parents[2] / "README.md").read_text()
 FOLDOC = Path("/usr/share/dictd/foldoc.index")
 QUOTED = re.findall(r"^\| (foldoc|python) \| (.+?) \| \*\*(.+?)\*\*", README, re.MULTILINE)
-TOPICS = ("for", "try", "del", "with", "import", "while", "if", "raise", "lambda", "return")
+TOPICS = ("for", "try", "while", "return")
 
 
 def part(source: str, wanted: Sequence[str]) -> list[dict[str, object]]:
@@ -24,7 +24,7 @@ def part(source: str, wanted: Sequence[str]) -> list[dict[str, object]]:
         kept = [one for one in documents([PYTHON_TOPICS]) if one.id in (*TOPICS, *wanted)]
     else:
         every = list(documents([str(FOLDOC)]))
-        kept = [one for n, one in enumerate(every) if n % 200 == 0 or one.id in wanted]
+        kept = [one for n, one in enumerate(every) if n % 400 == 0 or one.id in wanted]
     return [{"id": one.id, "text": one.text, "metadata": dict(one.metadata)} for one in kept]
 
 

@@ -130,7 +130,7 @@ def make_keys(settings: Settings) -> dict[str, str]:
     return asyncio.run(make())
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster() -> Iterator[int]:
     """A local cluster with Serve on a free port; ended, with every process, afterwards."""
     temp = tempfile.mkdtemp(prefix="hr", dir="/tmp")  # short: it holds unix sockets
@@ -150,7 +150,7 @@ def cluster() -> Iterator[int]:
     shutil.rmtree(temp, ignore_errors=True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def service(cluster: int, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     settings = settings_in(tmp_path_factory.mktemp("data"))
     service = Whole(settings, f"http://127.0.0.1:{cluster}", {})
