@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import ray.actor
@@ -105,19 +105,25 @@ def application_lives() -> bool:
     return any(INGRESS_DEPLOYMENT in application.deployments for application in applications)
 
 
-async def watch(
-    healthy: Callable[[], bool], retire: Callable[[], Awaitable[None]], *, grace_s: float
-) -> None:
-    """End this actor when its work has failed (Ray restarts it) or its application is gone.
+State = Literal["works", "failed", "replaced", "leaving"]
 
-    The grace must be longer than a redeploy. Nobody awaits this task, hence it never raises.
+
+async def watch(
+    state: Callable[[], State], retire: Callable[[], Awaitable[None]], *, grace_s: float
+) -> None:
+    """End this actor when its work has failed (Ray restarts it), when a later deployment has
+    replaced it, or when its application is gone for longer than the grace, which must be longer
+    than a redeploy. Nobody awaits this task, hence it never raises.
     """
     seen = time.monotonic()
-    while True:
+    while (now := state()) != "leaving":
         await asyncio.sleep(LOOK_EVERY_S)
-        if not healthy():
+        if now == "failed":
             log.error("the actor's work has failed; restarting")
             os._exit(1)
+        if now == "replaced":
+            log.warning("a later deployment took over; leaving")
+            await retire()
         try:
             lives = await asyncio.to_thread(application_lives)
         except Exception as error:  # noqa: BLE001  a named rim: the controller may be restarting

@@ -7,7 +7,7 @@ from typing import Any
 
 import ray
 
-from deployments.actors import leave, watch
+from deployments.actors import State, leave, watch
 from serve.config import Settings
 from serve.errors import Internal
 from serve.jobs.owner import StoreOwner
@@ -26,11 +26,17 @@ class StoreActor:
 
     async def __init__(self, settings: Settings, _deploy_seq: int) -> None:  # type: ignore[misc]
         """Open the file, waiting for a predecessor's lock. `settings.data_dir` is absolute."""
+        self._leaving = False
         path = Path(settings.data_dir) / settings.store.path
         self._owner = await asyncio.to_thread(StoreOwner, path, settings.store, time.time)
         self._watch = asyncio.create_task(
-            watch(lambda: self._owner.healthy, self.retire, grace_s=settings.actors.orphan_grace_s)
+            watch(self._state, self.retire, grace_s=settings.actors.orphan_grace_s)
         )
+
+    def _state(self) -> State:
+        if self._leaving:  # closing makes it unhealthy: that is no reason to be restarted
+            return "leaving"
+        return "works" if self._owner.healthy else "failed"
 
     async def ready(self) -> bool:
         """Whether it can commit."""
@@ -44,5 +50,8 @@ class StoreActor:
 
     async def retire(self) -> None:
         """Finish what is queued, release the lock and end for good."""
-        await asyncio.to_thread(self._owner.close)
-        leave()
+        self._leaving = True
+        try:
+            await asyncio.to_thread(self._owner.close)
+        finally:
+            leave()

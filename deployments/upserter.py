@@ -10,10 +10,10 @@ from pathlib import Path
 
 import ray
 
-from deployments.actors import UPSERTER, leave, watch
+from deployments.actors import START_S_MAX, UPSERTER, State, leave, watch
 from deployments.handles import StorePort
 from serve.config import Settings
-from serve.errors import Fenced
+from serve.errors import StoreUnavailable
 from serve.index.lancedb import LanceIndex
 from serve.index.writer import Writer
 from serve.records import CollectionSpec, Outcome, Write
@@ -29,12 +29,9 @@ class UpserterActor:
     async def __init__(self, settings: Settings, deploy_seq: int) -> None:  # type: ignore[misc]
         """Take the epoch, open and warm the index, drop what was deleted but not yet gone."""
         self._settings = settings
+        self._leaving = False
         store = StorePort(settings)
-        try:
-            epoch = await store.take_epoch(UPSERTER, deploy_seq)
-        except Fenced:
-            log.warning("a later deployment writes; leaving")
-            leave()
+        epoch = await _take_epoch(store, deploy_seq, settings)
         index = LanceIndex(str(Path(settings.data_dir) / settings.index.uri), settings.index)
         for gone in await store.deleted_collections():
             await index.drop(gone.uuid)
@@ -50,14 +47,15 @@ class UpserterActor:
         )
         self._running = asyncio.create_task(self._writer.run())
         self._watch = asyncio.create_task(
-            watch(self._healthy, self.retire, grace_s=settings.actors.orphan_grace_s)
+            watch(self._state, self.retire, grace_s=settings.actors.orphan_grace_s)
         )
 
-    def _healthy(self) -> bool:
-        if self._writer.fenced:  # not to be restarted: a later deployment writes
-            log.warning("fenced; leaving")
-            os._exit(0)
-        return not self._running.done()
+    def _state(self) -> State:
+        if self._leaving:  # draining ends `run`: that is no reason to be restarted
+            return "leaving"
+        if self._writer.fenced:
+            return "replaced"
+        return "failed" if self._running.done() else "works"
 
     async def ready(self) -> bool:
         """Whether it takes offers."""
@@ -83,5 +81,23 @@ class UpserterActor:
 
     async def retire(self) -> None:
         """Flush, release the rest and end for good."""
-        await self._writer.drain(self._settings.actors.drain_s)
-        leave()
+        self._leaving = True
+        try:
+            await self._writer.drain(self._settings.actors.drain_s)
+        finally:
+            leave()
+
+
+async def _take_epoch(store: StorePort, deploy_seq: int, settings: Settings) -> int:
+    """Wait for a Store that starts beside us or hands over: a constructor that raises is final.
+
+    Raises Fenced when a later deployment writes: then this actor must not live.
+    """
+    expires = time.monotonic() + settings.store.lock_wait_s + START_S_MAX
+    while True:
+        try:
+            return await store.take_epoch(UPSERTER, deploy_seq)
+        except StoreUnavailable:
+            if time.monotonic() > expires:
+                log.exception("the Store did not come; restarting")
+                os._exit(1)
