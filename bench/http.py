@@ -134,7 +134,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peer-model", help="what the peer calls the model")
     parser.add_argument("--profile", choices=list(PROFILES), default="default")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=4, help="of a load, in a round")
+    parser.add_argument("--seconds", type=float, default=3, help="of a load, in a round")
     options = parser.parse_args(words)
     if not (options.smoke or options.serve or options.url):
         parser.error("give --serve, --url URL or --smoke")

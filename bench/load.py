@@ -1,7 +1,7 @@
 """Load on an embeddings server: closed loops over keep-alive connections, in raw asyncio.
 
-A raw HTTP/1.1 client, because the load program shares the cores with what it measures: it takes
-about a fifth of what httpx takes for a request. It speaks as much of HTTP as servers answer with:
+A raw HTTP/1.1 client, because the load program shares the cores with what it measures, and httpx
+would take more of them. It speaks as much of HTTP as servers answer with:
 `Content-Length` and chunked bodies, kept and closed connections. No TLS.
 """
 
