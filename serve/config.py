@@ -288,7 +288,6 @@ class Chunking(Section):
 class Index(Section):
     """Where vectors land."""
 
-    backend: Literal["lancedb"] = Field("lancedb", description="Which index.")
     uri: str = Field("index", min_length=1, description="Folder of the index, under `data_dir`.")
     compact_commits: int = Field(
         64, ge=2, le=10_000, description="Compact a table after this many commits."

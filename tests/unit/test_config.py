@@ -80,7 +80,7 @@ def test_every_field_is_described_and_bounded(model, name):
         ({"pools": [{"models": [FAKE | {"dimension": 8}]}]}, "pools.0.models.0.dimension"),
         ({"pools": [{"models": [FAKE | {"engine": "magic"}]}]}, "pools.0.models.0.engine"),
         ({"pools": [{"models": [FAKE | {"sha256": "abc"}]}]}, "pools.0.models.0.sha256"),
-        ({"index": {"backend": "oracle"}}, "index.backend"),
+        ({"limits": {"unknown_fields": "guess"}}, "limits.unknown_fields"),
         ({"store": {"path": ""}}, "store.path"),
     ],
 )
