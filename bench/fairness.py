@@ -1,165 +1,254 @@
 """How long does a light tenant wait while others flood, and who gets how much of the model?
 
-    python -m bench.fairness            # about three minutes
-    python -m bench.fairness --smoke
+    python -m bench.fairness              # a real Ray cluster, torch on the CPU: about 20 minutes
+    python -m bench.fairness --simulated  # one process, a simulated device: about three minutes
+    python -m bench.fairness --smoke      # the same, under 30 s
 
-The service's batcher, in this process and in real time, over a SIMULATED device (60,000 padded
-tokens/s and 6 ms a batch, slept away): it measures order, not models. Three policies take turns
-(`bench.policies`): the fair queue, first in first out, and the priority formula it replaces.
-In each round a policy meets four phases: light tenants alone; the same while a tenant of each
-tier and a bulk one keep a backlog; six tenants of one tier with unequal demands; and a fixed heap
-of work, timed, which says what order costs in throughput.
+The whole service, over HTTP. Five policies take turns (`bench.cluster`), each with an embedder pool
+of the same model: the fair queue, first in first out through the same batcher, `@serve.batch`,
+strict priority and the priority formula. In each round a policy meets: light tenants alone; light
+tenants while a free tenant floods with requests of 32 texts and another runs a bulk job; one
+flooding tenant of each tier; six tenants of one tier with requests of unequal sizes. Then a flood
+of tiny requests, served and refused.
 """
 
 import asyncio
+import os
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from time import monotonic
+from typing import Any
 
-from bench.policies import POLICIES, TOKENS_S, Opener, Policy, simulated
+from bench import crowd, simulated, town
+from bench.crowd import ASKED, POLICIES, TIERS, LightWaits, Policy, Pressure, Town
 from bench.report import arguments, finish, jain, percentile, ratios, spread, table
-from bench.tenants import ASKERS, FLOODS, TIERS, Phase, demand, drain, flood
+from bench.town import Cluster
+
+
+PARTS = (0.5, 0.95, 0.99)
+TINY_CONNECTIONS = 32
+"""Closed loops of the tenant that floods with single short texts."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long each phase lasts, and how much each flooding tenant keeps waiting."""
+    """How long each phase lasts."""
 
     rounds: int = 3
-    idle_s: float = 2
-    flood_s: float = 6
-    demand_s: float = 2.5
-    backlog_s: float = 0.4
+    target_ms: float = 100
+    idle_s: float = 8
+    flood_s: float = 20
+    shares_s: float = 25
+    jain_s: float = 20
+    tiny_s: float = 10
 
 
-SMOKE = Plan(rounds=1, idle_s=0.5, flood_s=1.5, demand_s=0.8, backlog_s=0.1)
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Round:
-    """The phases of one policy."""
+    """What one policy did in one round."""
 
-    idle: Phase
-    flood: Phase
-    demand: Phase
-    drain: Phase
-
-
-Rounds = Sequence[Round]
-
-
-async def take_turns(opener: Opener, plan: Plan) -> dict[Policy, list[Round]]:
-    """Every policy in every round, each phase on an idle target."""
-    taken: dict[Policy, list[Round]] = {policy: [] for policy in POLICIES}
-    for number in range(plan.rounds):
-        for policy, rounds in taken.items():
-            rounds.append(await _play(opener, policy, plan, number))
-    return taken
+    idle: LightWaits
+    flood: LightWaits
+    handout_ms: Sequence[float]
+    tokens_s: float
+    shares: Mapping[str, float] = field(default_factory=dict)
+    asked: Mapping[str, float] = field(default_factory=dict)
 
 
-async def _play(opener: Opener, policy: Policy, plan: Plan, number: int) -> Round:
-    async with opener(policy) as target:
-        idle = await flood(target, number, seconds=plan.idle_s, backlog_s=0)
-    async with opener(policy) as target:
-        busy = await flood(target, number, seconds=plan.flood_s, backlog_s=plan.backlog_s)
-    async with opener(policy) as target:
-        asked = await demand(target, seconds=plan.demand_s)
-    async with opener(policy) as target:
-        return Round(idle, busy, asked, await drain(target, number, backlog_s=plan.backlog_s))
+async def play(place: Town, cluster: Cluster, policy: Policy, plan: Plan, seed: str) -> Round:
+    """All phases of one policy, each on a quiet service."""
+    await crowd.settle(place, "tiny")
+    idle = await crowd.light(place, f"{seed} idle", plan.idle_s)
+    async with Pressure() as pressure:
+        crowd.flood(pressure, place, "flood-free")
+        crowd.bulk(pressure, place, "job", policy)
+        await _begun(cluster, policy)
+        began = monotonic()
+        busy = await crowd.light(place, seed, plan.flood_s)
+        took_s = monotonic() - began
+        given = await asyncio.to_thread(cluster.counts, policy)
+    tokens_s = sum(given["tokens"].values()) / took_s
+    result = Round(idle, busy, given["handout_ms"], tokens_s)
+    await crowd.settle(place, "tiny")
+    async with Pressure() as pressure:
+        for tier in TIERS:
+            crowd.flood(pressure, place, f"flood-{tier}", crowd.SHARE_CONNECTIONS)
+        result.shares = await _given(cluster, policy, plan.shares_s)
+    await crowd.settle(place, "tiny")
+    async with Pressure() as pressure:
+        for inputs in ASKED:
+            crowd.ask(pressure, place, f"asks-{inputs}", inputs)
+        result.asked = await _given(cluster, policy, plan.jain_s)
+    return result
 
 
-def describe(rounds: Rounds) -> dict[str, Any]:
+async def _begun(cluster: Cluster, policy: Policy) -> None:
+    """Let the loops fill the queue, and forget what was counted until then."""
+    await asyncio.sleep(2)
+    await asyncio.to_thread(cluster.counts, policy)
+
+
+async def _given(cluster: Cluster, policy: Policy, seconds: float) -> Mapping[str, float]:
+    """The cost that each tenant was given."""
+    await _begun(cluster, policy)
+    await asyncio.sleep(seconds)
+    cost: Mapping[str, float] = (await asyncio.to_thread(cluster.counts, policy))["cost"]
+    return cost
+
+
+async def tiny(place: Town, cluster: Cluster, plan: Plan) -> dict[str, Any]:
+    """Floods of single short texts: served, and refused while light tenants go on."""
+    await crowd.settle(place, "flood-free")
+    idle = await crowd.light(place, "tiny idle", plan.idle_s)
+    bodies = [crowd.embedding(place, [f"tiny request {number}"]) for number in range(64)]
+    served = await _burn(place, cluster, "tiny", bodies, plan)
+    refused = await _burn(place, cluster, "capped", bodies, plan)
+    return {
+        "connections": TINY_CONNECTIONS,
+        "idle_p95_ms": _percentiles([idle], "call_ms")["p95"],
+        "served": served,
+        "refused": refused,
+    }
+
+
+async def _burn(
+    place: Town, cluster: Cluster, tenant: str, bodies: Sequence[bytes], plan: Plan
+) -> dict[str, Any]:
+    """Closed loops of one tenant; CPU of the service's processes by answer, model included."""
+    async with Pressure() as pressure:
+        pressure.start(place.target(tenant), bodies, TINY_CONNECTIONS)
+        await asyncio.sleep(2)
+        pressure.answers.clear()
+        began, cpu_s = monotonic(), cluster.cpu_s()
+        beside = await crowd.light(place, f"tiny {tenant}", plan.tiny_s)
+        took_s, used_s = monotonic() - began, cluster.cpu_s() - cpu_s
+    answers = sum(pressure.answers.values())
+    return {
+        "answers_s": answers / took_s,
+        "refused_part": pressure.answers.get(crowd.REFUSED, 0) / answers,
+        "cpu_ms": used_s / answers * 1e3,
+        "others_p95_ms": _percentiles([beside], "call_ms")["p95"],
+        "others_unanswered": sum(waits.unanswered for waits in beside.values()),
+    }
+
+
+def _percentiles(phases: Sequence[LightWaits], figure: str) -> dict[str, dict[str, float]]:
+    """p50, p95 and p99 by tier, over all rounds together."""
+    found: dict[str, dict[str, float]] = {}
+    for part in PARTS:
+        found[f"p{part * 100:.0f}"] = {
+            tier: percentile([ms for one in phases for ms in getattr(one[tier], figure)], part)
+            for tier in TIERS
+        }
+    return found
+
+
+def describe(rounds: Sequence[Round]) -> dict[str, Any]:
     """What one policy did. Percentiles and shares are over all rounds together."""
-    cost = {name: sum(one.flood.cost.get(name, 0) for one in rounds) for name in FLOODS.values()}
-    handouts = [one for each in rounds for one in each.flood.handout_ms]
+    floods = [one.flood for one in rounds]
+    queue, call = _percentiles(floods, "queue_ms"), _percentiles(floods, "call_ms")
+    handouts = [ms for one in rounds for ms in one.handout_ms]
+    cost = {tier: sum(one.shares.get(f"flood-{tier}", 0) for one in rounds) for tier in TIERS}
     return {
-        "queue_p95_ms": _p95([one.flood for one in rounds], "queue_ms"),
-        "p95_ms": _p95([one.flood for one in rounds], "call_ms"),
-        "idle_p95_ms": _p95([one.idle for one in rounds], "call_ms"),
-        "unanswered": sum(waits.unanswered for one in rounds for waits in one.flood.waits.values()),
-        "share": {word: cost[name] / sum(cost.values()) for word, name in FLOODS.items()},
+        "queue_p95_ms": queue["p95"],
+        "p95_ms": call["p95"],
+        "idle_p95_ms": _percentiles([one.idle for one in rounds], "call_ms")["p95"],
+        "queue_ms": queue,
+        "call_ms": call,
+        "samples": {tier: sum(len(one[tier].queue_ms) for one in floods) for tier in TIERS},
+        "unanswered": sum(waits.unanswered for one in floods for waits in one.values()),
+        "handout_ms": {f"p{part * 100:.0f}": percentile(handouts, part) for part in PARTS},
+        "tokens_s": spread([one.tokens_s for one in rounds]),
         "share_over_free": {
-            tier: _over(cost[FLOODS[tier]], cost[FLOODS["free"]]) for tier in TIERS
+            tier: cost[tier] / cost["free"] if cost["free"] else None for tier in TIERS
         },
-        "interactive_over_bulk": _over(
-            sum(sum(one.flood.cost.values()) for one in rounds) - cost[FLOODS["bulk"]],
-            cost[FLOODS["bulk"]],
-        ),
-        "jain": spread([_jain(one.demand.tokens) for one in rounds]),
-        "jain_of_cost": spread([_jain(one.demand.cost) for one in rounds]),
-        "tokens_s": spread([one.drain.tokens_s for one in rounds]),
-        "handout_ms": {
-            f"p{part}": percentile(handouts, part / 100) if handouts else None for part in (50, 95)
-        },
+        "jain": spread([jain([one.asked.get(f"asks-{n}", 0) for n in ASKED]) for one in rounds]),
     }
 
 
-def _p95(phases: Sequence[Phase], figure: Literal["queue_ms", "call_ms"]) -> dict[str, float]:
-    """By tier, over the light calls of all rounds."""
-    return {
-        tier: percentile([ms for one in phases for ms in getattr(one.waits[tier], figure)], 0.95)
-        for tier in TIERS
-    }
-
-
-def _jain(served: Mapping[str, int]) -> float:
-    return jain([served.get(name, 0) for name in ASKERS])
-
-
-def _over(one: float, other: float) -> float | None:
-    """How many times the other; None when the other got nothing."""
-    return one / other if other else None
-
-
-def summary(taken: Mapping[Policy, Rounds]) -> dict[str, Any]:
+def summary(taken: Mapping[Policy, Sequence[Round]]) -> dict[str, Any]:
     """The JSON's keys: the fair queue's own figures first, then every policy's."""
     policies = {policy: describe(rounds) for policy, rounds in taken.items()}
-    pace = {policy: [one.drain.tokens_s for one in rounds] for policy, rounds in taken.items()}
+    pace = {policy: [one.tokens_s for one in rounds] for policy, rounds in taken.items()}
     return {
         **policies["fair"],
         "throughput_ratio": ratios(pace["fair"], pace["fifo"]),
+        "throughput_over_serve_batch": ratios(pace["fair"], pace["serve_batch"]),
         "policies": policies,
     }
 
 
-def shown(policies: Mapping[str, Mapping[str, Any]]) -> str:
-    """The result for people, in two tables."""
+def shown(result: Mapping[str, Any]) -> str:
+    """The result for people."""
+    policies: Mapping[str, Mapping[str, Any]] = result["policies"]
     waits = [
-        [name, tier, *(one[key][tier] for key in ("queue_p95_ms", "p95_ms", "idle_p95_ms"))]
+        [
+            name,
+            tier,
+            *(one["queue_ms"][part][tier] for part in ("p50", "p95", "p99")),
+            *(one["call_ms"][part][tier] for part in ("p50", "p95", "p99")),
+            one["idle_p95_ms"][tier],
+        ]
         for name, one in policies.items()
         for tier in TIERS
     ]
     whole = [
         [
             name,
-            " : ".join(f"{part:.3f}" for part in one["share"].values()),
-            one["jain_of_cost"],
+            " : ".join(f"{part or 0:.2f}" for part in one["share_over_free"].values()),
+            one["jain"],
             one["tokens_s"],
-            str(one["handout_ms"]["p50"] and round(one["handout_ms"]["p50"], 3)),
+            one["handout_ms"]["p50"],
+            one["handout_ms"]["p95"],
             one["unanswered"],
         ]
         for name, one in policies.items()
     ]
-    heads = (
-        ("policy", "light tenant of", "queue p95 ms", "p95 ms", "idle p95 ms"),
-        ("policy", " : ".join(FLOODS), "jain of cost", "tokens/s", "hand-out ms", "unanswered"),
+    heads: tuple[tuple[str, ...], ...] = (
+        ("policy", "light", "queue p50", "p95", "p99", "whole p50", "p95", "p99", "idle p95"),
+        ("policy", " : ".join(TIERS), "jain", "tokens/s", "hand-out p50", "p95", "unanswered"),
     )
     return "\n\n".join(map(table, heads, (waits, whole)))
+
+
+def measure(plan: Plan) -> dict[str, Any]:
+    """Every policy in every round, over one cluster."""
+    with town.running(POLICIES, plan.target_ms) as (towns, cluster):
+        return asyncio.run(_measure(towns, cluster, plan))
+
+
+async def _measure(towns: Mapping[str, Town], cluster: Cluster, plan: Plan) -> dict[str, Any]:
+    taken: dict[Policy, list[Round]] = {policy: [] for policy in POLICIES}
+    for number in range(plan.rounds):
+        for policy, rounds in taken.items():
+            rounds.append(await play(towns[policy], cluster, policy, plan, str(number)))
+            print(f"round {number + 1}: {policy} done", file=sys.stderr, flush=True)
+    return {**summary(taken), "tiny": await tiny(towns["fair"], cluster, plan)}
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Measure, show, and end with one line of JSON."""
     parser = arguments(__doc__)
+    parser.add_argument("--simulated", action="store_true", help="in this process, without Ray")
     parser.add_argument("--rounds", type=int, default=Plan.rounds)
+    parser.add_argument("--target-ms", type=float, default=Plan.target_ms)
     options = parser.parse_args(words)
-    plan = SMOKE if options.smoke else Plan(rounds=options.rounds)
-    result = summary(asyncio.run(take_turns(simulated, plan)))
-    print(
-        f"simulated device: {TOKENS_S} padded tokens/s and 6 ms a batch; order is what is measured"
-    )
-    print(shown(result["policies"]))
-    head = {"smoke": options.smoke, "device": "simulated", **asdict(plan)}
-    finish("fairness", "simulated", {**head, **result}, options.out)
+    if options.smoke or options.simulated:
+        simulated.run(smoke=options.smoke, rounds=options.rounds, out=options.out)
+        return
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    plan = Plan(rounds=options.rounds, target_ms=options.target_ms)
+    result = measure(plan)
+    print(shown(result))
+    loads = {
+        "flood_connections": crowd.FLOOD_CONNECTIONS,
+        "flood_texts": crowd.FLOOD_TEXTS,
+        "bulk_connections": crowd.BULK_CONNECTIONS,
+        "light_rate": crowd.LIGHT_RATE,
+    }
+    head = {"device": "cpu, torch", **asdict(plan), **loads}
+    finish("fairness", "default", {**head, **result}, options.out)
 
 
 if __name__ == "__main__":

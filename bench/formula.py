@@ -1,4 +1,4 @@
-"""The priority formula that the fair queue replaces, for `bench.fairness` only.
+"""The priority formula that the fair queue replaces, and strict priority, for `bench.fairness` only.
 
 `P = base * multiplier - a * usage + b * age`, of every tenant's oldest item, computed anew at each
 pick: linear age keeps the order inside a tenant. It knows no classes. Its figures are for minutes
@@ -25,6 +25,8 @@ TOKENS_PER_POINT = 20_000 / SPEED
 PENALTY_MAX = 50.0
 WINDOW_S = 60 / SPEED
 POINTS_PER_S = 1.0 * SPEED
+HEAD_START_S = 1e6
+"""Of a tier over the next lower one, in strict priority: nobody waits that long."""
 
 
 class FormulaQueue(FairQueue[T]):
@@ -34,13 +36,23 @@ class FormulaQueue(FairQueue[T]):
         super().__init__({})
         self._clock = clock
         self._waiting: dict[str, OrderedDict[Entry[T], float]] = {}
+        self._weights: dict[str, float] = {}
         self._usage: dict[str, tuple[float, float]] = {}
 
     def push(
-        self, klass: Klass, tenant: str, *, weight: float, cost: float, item: T, count: int = 1
+        self,
+        klass: Klass,
+        tenant: str,
+        *,
+        weight: float,
+        cost: float,
+        item: T,
+        count: int = 1,
+        priority: int = 0,
     ) -> Entry[T]:
         """Let an item wait."""
-        entry = Entry(klass, tenant, weight, cost, item, count)
+        entry = Entry(klass, tenant, cost, item, count, priority)
+        self._weights[tenant] = weight
         self._waiting.setdefault(tenant, OrderedDict())[entry] = self._clock()
         self.cost += cost
         self.items += count
@@ -71,6 +83,9 @@ class FormulaQueue(FairQueue[T]):
             self.cost -= entry.cost
             self.items -= entry.count
 
+    def settle(self, klass: Klass, tenant: str, diff: float) -> None:
+        """It charges what was asked for, not what it cost."""
+
     def backlog(self, tenant: str, klass: Klass | None = None) -> float:  # noqa: ARG002
         """Not counted here."""
         return 0.0
@@ -84,10 +99,18 @@ class FormulaQueue(FairQueue[T]):
         return 0.0
 
     def _priority(self, tenant: str, now: float) -> float:
-        entry, arrived = next(iter(self._waiting[tenant].items()))
+        arrived = next(iter(self._waiting[tenant].values()))
         penalty = min(self._used(tenant, now) / TOKENS_PER_POINT, PENALTY_MAX)
-        return BASE * MULTIPLIERS[entry.weight] - penalty + POINTS_PER_S * (now - arrived)
+        return BASE * MULTIPLIERS[self._weights[tenant]] - penalty + POINTS_PER_S * (now - arrived)
 
     def _used(self, tenant: str, now: float) -> float:
         used, at = self._usage.get(tenant, (0.0, now))
         return used * math.exp((at - now) / WINDOW_S)
+
+
+class StrictQueue(FormulaQueue[T]):
+    """The highest tier first, inside it whoever has waited longest."""
+
+    def _priority(self, tenant: str, now: float) -> float:
+        arrived = next(iter(self._waiting[tenant].values()))
+        return self._weights[tenant] * HEAD_START_S + now - arrived

@@ -44,9 +44,9 @@ class Target:
 
     @property
     def route(self) -> str:
-        """The path of the embeddings route."""
+        """The path of the embeddings route, or of another one of `/v1/` that the URL names."""
         path = urlsplit(self.url).path.rstrip("/")
-        return path if path.endswith("/embeddings") else f"{path}/v1/embeddings"
+        return path if path.endswith("/embeddings") or "/v1/" in path else f"{path}/v1/embeddings"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,20 @@ class Sample:
         return self.rps * self.inputs
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One reply; `head` in lower case."""
+
+    status: int
+    head: bytes
+    body: bytes
+
+    def header(self, name: str) -> str:
+        """Its value; empty when it is absent."""
+        _, _, rest = self.head.partition(b"\r\n" + name.encode() + b":")
+        return rest.partition(b"\r\n")[0].strip().decode()
+
+
 class Connection:
     """One keep-alive connection; opened when needed, again after the server has closed it."""
 
@@ -105,6 +119,13 @@ class Connection:
 
     async def post(self, body: bytes) -> bytes:
         """The body of the answer. Raises Failed when it is not a 200."""
+        answer = await self.send(body)
+        if answer.status != OK:
+            raise Failed(f"{answer.status}: {answer.body[:300].decode(errors='replace')}")
+        return answer.body
+
+    async def send(self, body: bytes) -> Answer:
+        """Whatever the server answers."""
         if self._streams is None:
             self._streams = await asyncio.open_connection(self._host, self._port, limit=READ_MAX)
         reader, writer = self._streams
@@ -113,9 +134,7 @@ class Connection:
         answer = await _read_body(reader, head)
         if b"\r\nconnection: close" in head:
             self.close()
-        if int(head[9:12]) != OK:
-            raise Failed(f"{head[9:12].decode()}: {answer[:300].decode(errors='replace')}")
-        return answer
+        return Answer(int(head[9:12]), head, answer)
 
     def close(self) -> None:
         """Let go of the socket."""

@@ -18,7 +18,7 @@ from serve.config import Admission, Batch, Model
 from serve.config import Pool as PoolSettings
 from serve.embedding.pool import Pool
 from serve.flows.batching import Batcher
-from serve.flows.pending import Member
+from serve.flows.pending import Slice
 from serve.records import EmbedCall, EmbedReply
 
 
@@ -35,7 +35,14 @@ DEVICE = Model(
     fake_ms_per_batch=6,
     fake_ms_per_token=1e3 / TOKENS_S,
 )
-BATCH = Batch(target_ms=50, tokens_max=2048, queue_tokens_max=10**9, queue_items_max=10**7)
+BATCH = Batch(
+    target_ms=50,
+    tokens_max=2048,
+    queue_tokens_max=10**9,
+    queue_items_max=10**7,
+    tenant_tokens_max=10**9,
+    tenant_items_max=10**7,
+)
 """The queue has room for every flood: this measures order, not refusal."""
 
 
@@ -57,7 +64,7 @@ Opener = Callable[[Policy], AbstractAsyncContextManager[Target]]
 
 
 class TimedBatcher(Batcher):
-    """The service's batcher with a stopwatch about its hand-outs."""
+    """The service's batcher with a stopwatch about its hand-outs at the device."""
 
     def __init__(self, pool: Pool, executor: ThreadPoolExecutor, policy: Policy) -> None:
         super().__init__(
@@ -79,12 +86,10 @@ class TimedBatcher(Batcher):
             call = replace(call, tenant="everybody", klass="interactive", weight=1.0)
         return await self.submit(call)
 
-    def _hand_out(self) -> list[Member]:
+    async def _serve(self, slices: Sequence[Slice]) -> None:
         began = perf_counter()
-        members = super()._hand_out()
-        if members:
-            self.handout_ms.append((perf_counter() - began) * 1e3)
-        return members
+        await super()._serve(slices)
+        self.handout_ms.append((perf_counter() - began) * 1e3)
 
 
 @asynccontextmanager

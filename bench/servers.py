@@ -35,12 +35,6 @@ START_S_MAX = 180.0
 STOP_S_MAX = 60.0
 DEADLINE_S = 60
 """A busy machine must slow a load down, not turn it into refusals."""
-UNLIMITED = {
-    "requests_per_minute": 10**9,
-    "requests_burst": 10**9,
-    "tokens_per_minute": 10**12,
-    "tokens_burst": 10**12,
-}
 FAKE: dict[str, Any] = {"id": "fake", "engine": "fake", "dimensions": 384, "tokens_max": 8192}
 
 
@@ -62,7 +56,7 @@ class Site:
         """Both servers of a comparison get one from the same `config.yaml`."""
         raw = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
         args = raw["applications"][0]["args"]
-        args["admission"]["tiers"]["enterprise"].update(UNLIMITED)
+        args["admission"]["tiers"]["enterprise"] = {"weight": 16}  # no limits
         args["limits"] = {"interactive_deadline_s": DEADLINE_S}
         if fake:
             args["pools"][0]["models"] = [FAKE]
@@ -87,22 +81,25 @@ def _keep_key(settings: Settings, folder: Path) -> str:
 def ceiling(name: str, *, fake: bool = False) -> Iterator[Target]:
     """Our own service without Ray, in one process: `bench.ceiling`."""
     with _site(fake=fake) as site:
-        port = _free_port()
+        port = free_port()
         command = [sys.executable, "-m", "bench.ceiling", "--config", str(site.config)]
-        with _running([*command, "--data-dir", str(site.folder), "--port", str(port)], site, port):
-            yield Target(name, f"http://127.0.0.1:{port}", site.model, site.key)
+        url = f"http://127.0.0.1:{port}"
+        command += ["--data-dir", str(site.folder), "--port", str(port)]
+        with running(command, site.folder, url):
+            yield Target(name, url, site.model, site.key)
 
 
 @contextmanager
 def headrace(profile: str) -> Iterator[Target]:
     """The service as `headrace serve` starts it, with Ray's files in a folder of its own."""
     with _site(fake=False) as site:
-        port = _free_port()
+        port = free_port()
         program = Path(sys.executable).with_name("headrace")
         command = [str(program), "serve", "--config", str(site.config), "--no-demo-keys"]
         command += ["--data-dir", str(site.folder), "--port", str(port), "--profile", profile]
-        with _running([*command, "--ray-temp-dir", str(site.folder / "ray")], site, port):
-            yield Target("headrace", f"http://127.0.0.1:{port}", site.model, site.key)
+        url = f"http://127.0.0.1:{port}"
+        with running([*command, "--ray-temp-dir", str(site.folder / "ray")], site.folder, url):
+            yield Target("headrace", url, site.model, site.key)
 
 
 @contextmanager
@@ -113,16 +110,17 @@ def _site(*, fake: bool) -> Iterator[Site]:
 
 
 @contextmanager
-def _running(command: Sequence[str], site: Site, port: int) -> Iterator[None]:
+def running(command: Sequence[str], folder: Path, url: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A server, ready; its log lies in `folder`."""
     environment = {"RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1", **os.environ}
-    path = site.folder / "server.log"
+    path = folder / "server.log"
     with path.open("wb") as log:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
         )
     try:
-        _wait_ready(process, f"http://127.0.0.1:{port}/health/ready", path)
-        yield
+        _wait_ready(process, f"{url}/health/ready", path)
+        yield process
     finally:
         _stop(process)
 
@@ -149,7 +147,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

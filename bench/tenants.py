@@ -57,7 +57,6 @@ class Tenant:
             inputs=tuple(Input(ids=_IDS[:size]) for size in tokens),
             tokens=tuple(tokens),
             deadline_s=DEADLINE_S,
-            queued_tokens_max=10**9,
         )
 
 

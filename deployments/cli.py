@@ -1,24 +1,26 @@
-"""The `headrace` command: start a local service and make keys; see also `cli_documents`.
+"""The `headrace` command: starts a local service; see also `cli_documents`, `cli_operators`.
 
 Exit codes: 0 done, 1 something failed, 2 wrong usage, 3 the service cannot be reached.
 """
 
+import asyncio
 import json
 import os
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
-from rich.table import Table
 
 from deployments.cli_documents import ingest, search
+from deployments.cli_operators import audit, keys, tenants
+from deployments.cli_operators import demo_keys as make_demo_keys
+from deployments.cli_options import CONFIG, FOLDER
 from deployments.client import Problem, Unreachable
 from deployments.places import (
     DATA_DIR,
@@ -28,12 +30,14 @@ from deployments.places import (
     NotRunning,
     PlaceError,
     check_port,
-    find_cluster,
 )
 from deployments.sources import SourceError
-from serve.config import Name, Settings
-from serve.errors import ServiceError
-from serve.records import Key
+from serve.config import Settings
+from serve.errors import BadInput, ServiceError
+
+
+if TYPE_CHECKING:  # it brings the whole library
+    from serve.flows.operators import MadeKey
 
 
 OPENED = (
@@ -41,26 +45,9 @@ OPENED = (
     "replicas' ports (30000-31000): close them in a firewall, or use the default profile."
 )
 
-CONFIG = click.option(
-    "--config",
-    default="config.yaml",
-    show_default=True,
-    type=click.Path(path_type=Path),
-    help="Deploy file.",
-)
-FOLDER = click.option(
-    "--data-dir", envvar=DATA_DIR, help="Folder of everything durable; default: as in the file."
-)
-ADDRESS = click.option(
-    "--address",
-    envvar="RAY_ADDRESS",
-    help="Ray address; default: the cluster over the data folder.",
-)
-AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
 
 class Misused(click.ClickException):
-    """A source that cannot be read."""
+    """A source that cannot be read, or a value that the service does not take."""
 
     exit_code = 2
 
@@ -84,6 +71,8 @@ class Commands(click.Group):
             raise Away(str(error)) from None
         except (Problem, PlaceError) as error:
             raise click.ClickException(str(error)) from None
+        except BadInput as error:
+            raise Misused(f"{error.message} ({error.code})") from None
         except ServiceError as error:
             raise click.ClickException(f"{error.message} ({error.code})") from None
 
@@ -94,8 +83,8 @@ def main() -> None:
     """Text into vectors, vectors into an index, fairly, for many tenants."""
 
 
-main.add_command(ingest)
-main.add_command(search)
+for command in (ingest, search, keys, tenants, audit):
+    main.add_command(command)
 
 
 @main.command()
@@ -142,8 +131,10 @@ def serve(
             local.wait_ready(file, timeout, lambda text: status.update(f"starting: {text}"))
             status.stop()
             click.echo(f"\nHeadrace is ready at {file.url} ({time.monotonic() - began:.0f} s).")
-            wanted = [(f"demo-{tier}", tier) for tier in _demo_tiers(file.settings)]
-            made = local.create_keys(file.settings, wanted, first_only=True) if demo_keys else []
+            made: Mapping[str, MadeKey] = {}
+            if demo_keys:
+                tiers = _demo_tiers(file.settings)
+                made = asyncio.run(make_demo_keys(local.operators(file.settings), tiers))
             _welcome(file, folder, made)
             click.echo(f"\nRay's dashboard: {dashboard} {_token()}\nCtrl-C stops everything.")
             _until_interrupted()
@@ -151,10 +142,11 @@ def serve(
 
 
 def _demo_tiers(settings: Settings) -> list[str]:
-    return [tier for tier in ("free", "premium", "enterprise") if tier in settings.admission.tiers]
+    tiers = list(settings.admission.tiers)
+    return [tier for tier in ("free", "premium", "enterprise") if tier in tiers] or tiers[:1]
 
 
-def _welcome(file: DeployFile, folder: Path, made: Sequence[tuple[Key, str]]) -> None:
+def _welcome(file: DeployFile, folder: Path, made: "Mapping[str, MadeKey]") -> None:
     """What to do next, ready to be pasted. Keys are printed here and never again."""
     headrace = "headrace" if shutil.which("headrace") else sys.argv[0]
     if not made:
@@ -162,9 +154,9 @@ def _welcome(file: DeployFile, folder: Path, made: Sequence[tuple[Key, str]]) ->
         click.echo(f"\nA key: {headrace} keys create --tenant NAME --tier TIER {where}")
         return
     click.echo("\nDemo keys, shown this once:")
-    for key, text in made:
-        click.echo(f"  {key.tier:<12}{text}")
-    text = made[-1][1]
+    for label, one in made.items():
+        click.echo(f"  {label:<12}{one.secret}")
+    text = [one.secret for one in made.values() if one.key.role == "user"][-1]
     body = json.dumps({"model": next(iter(file.settings.models)), "input": "Hello, world"})
     click.echo(
         "\nTry:\n"
@@ -192,92 +184,3 @@ def _until_interrupted() -> None:
             time.sleep(3600)
     except KeyboardInterrupt:
         return
-
-
-@main.group()
-def keys() -> None:
-    """Keys of the service that runs on this machine or cluster."""
-
-
-@keys.command("create")
-@click.option("--tenant", required=True, help="Who pays.")
-@click.option("--tier", required=True, help="A tier of the deploy file; becomes the tenant's.")
-@CONFIG
-@FOLDER
-@ADDRESS
-@AS_JSON
-def create_key(
-    tenant: str,
-    tier: str,
-    config: Path,
-    *,
-    data_dir: str | None,
-    address: str | None,
-    as_json: bool,
-) -> None:
-    """Make a key and print it: it is shown this once."""
-    file = DeployFile.read(config)
-    _check_name(tenant)
-    if tier not in file.settings.admission.tiers:
-        known = ", ".join(file.settings.admission.tiers)
-        raise click.UsageError(f"{tier!r} is no tier of {config}; it has {known}.")
-    local, place = _cluster(file, address, data_dir)
-    with local.connected(place):
-        [(key, text)] = local.create_keys(file.settings, [(tenant, tier)])
-    if as_json:
-        click.echo(json.dumps({**_shown(key), "key": text}))
-        return
-    click.echo(text)
-    click.echo(f"Key {key.id} of {tenant} ({tier}). It is not shown again.", err=True)
-
-
-@keys.command("list")
-@CONFIG
-@FOLDER
-@ADDRESS
-@AS_JSON
-def list_keys(config: Path, *, data_dir: str | None, address: str | None, as_json: bool) -> None:
-    """Every key by tenant, without its secret."""
-    file = DeployFile.read(config)
-    local, place = _cluster(file, address, data_dir)
-    with local.connected(place):
-        found = local.list_keys(file.settings)
-    if as_json:
-        click.echo(json.dumps([_shown(key) for key in found]))
-        return
-    table = Table("id", "tenant", "tier", "created")
-    for key in found:
-        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(key.created_at))
-        table.add_row(key.id, key.tenant, key.tier, made)
-    Console().print(table)
-
-
-def _cluster(file: DeployFile, address: str | None, data_dir: str | None) -> tuple[Any, str]:
-    """The module that speaks to Ray, and where the cluster is. Raises NotRunning.
-
-    Ray turns its authentication on by itself only for clusters that it finds by itself.
-    """
-    if address is None:
-        cluster = find_cluster(file.data_dir(data_dir))
-        address = cluster.address
-        if cluster.auth:
-            os.environ.setdefault("RAY_AUTH_MODE", cluster.auth)
-    from deployments import local  # noqa: PLC0415  Ray reads its environment on import
-
-    return local, address
-
-
-def _shown(key: Key) -> dict[str, Any]:
-    return {
-        "id": key.id,
-        "tenant": key.tenant,
-        "tier": key.tier,
-        "created_at": key.created_at,
-    }
-
-
-def _check_name(tenant: str) -> None:
-    try:
-        TypeAdapter(Name).validate_python(tenant)
-    except ValidationError as error:
-        raise click.UsageError(f"--tenant: {error.errors()[0]['msg']}") from None

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from deployments.cli_options import AS_JSON, json_object
 from deployments.client import Client, Problem, Unreachable
 from deployments.loader import Loader, Summary, batches
 from deployments.sources import Format, documents
@@ -25,8 +26,6 @@ SEARCH_PATIENCE_S = 30.0
 """A person waits for a search."""
 
 EXIT_FAILED, EXIT_UNREACHABLE = 1, 3
-
-AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +102,16 @@ def ingest(
 @click.argument("query")
 @_targeted
 @click.option("--top-k", default=5, show_default=True, type=click.IntRange(min=1))
-@click.option("--filter", "where", help='JSON, for example \'{"source": "python"}\'.')
+@click.option(
+    "--filter", "where", type=json_object, help='JSON, for example \'{"source": "python"}\'.'
+)
 @AS_JSON
-def search(target: Target, *, query: str, top_k: int, where: str | None, as_json: bool) -> None:
+def search(
+    target: Target, *, query: str, top_k: int, where: Mapping[str, Any] | None, as_json: bool
+) -> None:
     """Show the passages of a collection that are nearest to QUERY."""
-    condition = None if where is None else _json_object(where)
     with Client(target.url, target.key, sleep=time.sleep, patience_s=SEARCH_PATIENCE_S) as client:
-        answer = client.search(target.collection, query, top_k, condition)
+        answer = client.search(target.collection, query, top_k, where)
     if as_json:
         click.echo(json.dumps(answer, ensure_ascii=False))
         return
@@ -120,16 +122,6 @@ def search(target: Target, *, query: str, top_k: int, where: str | None, as_json
             snippet = snippet[: SNIPPET_CHARS_MAX - 1] + "…"
         table.add_row(f"{hit['score']:.3f}", Text(hit["document"]), Text(snippet))
     Console().print(table if answer["data"] else "Nothing found.")
-
-
-def _json_object(text: str) -> Mapping[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise click.UsageError(f"--filter is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise click.UsageError("--filter must be a JSON object.")
-    return value
 
 
 @contextmanager

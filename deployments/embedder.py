@@ -4,10 +4,14 @@ import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from typing import ClassVar
 
+from ray.serve import get_replica_context
+
+from deployments.handles import LedgerPort
 from serve import config
 from serve.embedding.pool import Pool
-from serve.errors import ModelUnavailable
+from serve.errors import ModelUnavailable, ServiceError
 from serve.flows.batching import Batcher
 from serve.records import EmbedCall, EmbedReply
 
@@ -15,20 +19,24 @@ from serve.records import EmbedCall, EmbedReply
 class Embedder:
     """Requests wait in its own queue, not in Serve's: `max_ongoing_requests` is far above a batch."""
 
-    async def __init__(self, pool: config.Pool, admission: config.Admission) -> None:  # type: ignore[misc]
+    batcher: ClassVar[type[Batcher]] = Batcher
+
+    async def __init__(self, pool: config.Pool, settings: config.Settings) -> None:  # type: ignore[misc]
         """Load and warm every model, then start the batcher; ready means a forward pass ran."""
         self._executor = ThreadPoolExecutor(1, "model")  # one slot: two pools of threads fight
         self._pool = Pool(pool, clock=time.monotonic)
         await asyncio.get_running_loop().run_in_executor(self._executor, self._pool.load)
-        self._batcher = Batcher(
+        self._batcher = self.batcher(
             self._pool,
             [model.id for model in pool.models],
-            admission=admission,
+            admission=settings.admission,
             batch=pool.batch,
             executor=self._executor,
             clock=time.monotonic,
         )
         self._task = asyncio.create_task(self._batcher.run())
+        self._reports_failed = 0
+        self._reporting = asyncio.create_task(self._report(pool.name, settings))
 
     async def embed(self, call: EmbedCall) -> EmbedReply:
         """See `serve.ports.Embedder`."""
@@ -40,8 +48,9 @@ class Embedder:
 
     async def check_health(self) -> None:
         """Serve replaces the replica when this raises."""
-        if self._task.done():
-            self._task.result()
+        for task in (self._task, self._reporting):
+            if task.done():
+                task.result()
         if not self._batcher.healthy:
             raise ModelUnavailable("A model fails on its warm-up input.")
 
@@ -51,8 +60,28 @@ class Embedder:
             "queued_tokens": self._batcher.queued_tokens,
             "queued_items": self._batcher.queued_items,
         }
-        return waiting | asdict(self._batcher.tally)
+        reports = {"reports_failed": self._reports_failed}
+        return waiting | reports | asdict(self._batcher.tally)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What autoscaling looks at: the cost that waits here."""
         return {"queued_tokens": self._batcher.queued_tokens}
+
+    async def _report(self, pool: str, settings: config.Settings) -> None:
+        """Tell the Ledger what waits here, for as long as something does and once when all is done.
+
+        A report that fails is only counted: the next one says more.
+        """
+        ledger, replica = LedgerPort(settings), get_replica_context().replica_tag
+        told = False
+        while True:
+            await asyncio.sleep(settings.ledger.queue_report_s)
+            if not told and not self._batcher.queued_items:
+                continue
+            report = self._batcher.report(pool, replica, settings.ledger.queue_places_max)
+            try:
+                await ledger.report_queue(report)
+            except ServiceError:
+                self._reports_failed += 1
+            else:
+                told = report.items > 0

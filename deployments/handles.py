@@ -1,13 +1,14 @@
 """The ports over Ray: actor and deployment handles on one side, `serve.ports` on the other.
 
-Ray's errors become ours here and nowhere else. `str(error)` of a Ray task error is a traceback;
+The Store's, which are many, stand in `deployments.store_port`. Ray's errors become ours here and
+nowhere else. `str(error)` of a Ray task error is a traceback;
 what the far side raised is its `cause`.
 """
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import ray
 from ray.exceptions import (
@@ -25,32 +26,28 @@ from ray.serve.exceptions import (
 )
 from ray.serve.handle import DeploymentHandle
 
-from deployments.actors import NAMESPACE, STORE, UPSERTER, living, name_of
+from deployments.actors import LEDGER, NAMESPACE, UPSERTER, living, name_of
 from serve.config import Settings
 from serve.errors import (
     DeadlineExceeded,
     IndexUnavailable,
     Internal,
+    LedgerUnavailable,
     ModelUnavailable,
     Overloaded,
     ServiceError,
-    StoreUnavailable,
 )
-from serve.ports import Collections, Documents, Embedder, Fence, Keys, Upserter
+from serve.grants import Draw, Grant, Return
+from serve.ports import Embedder, Ledger, Queues, Upserter
 from serve.records import (
-    Collection,
     CollectionSpec,
-    DocumentVersion,
-    DocumentWrite,
     EmbedCall,
     EmbedReply,
-    Key,
     Outcome,
+    QueueReport,
     Write,
 )
 
-
-T = TypeVar("T")
 
 LOOK_AGAIN_S = 0.1
 """Between two look-ups of an actor that is restarting."""
@@ -96,93 +93,35 @@ class Named:
                 self._actor = None
                 await asyncio.sleep(LOOK_AGAIN_S)
 
+    async def ask(self, method: str, *args: Any, timeout_s: float) -> Any:
+        """Call a method that need not be waited for: an actor that restarts is away at once.
+
+        Repeated only when the actor has made place for a successor. Raises what it raises, or
+        `unavailable`.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                try:
+                    return await self._once(method, args)
+                except ActorDiedError:
+                    self._actor = None
+                    return await self._once(method, args)
+        except RayTaskError as error:
+            raise caused(error) from None
+        except (TimeoutError, RayActorError, ValueError):
+            raise self._unavailable(f"The {self._role} is away.", retry_after_s=1) from None
+
+    async def _once(self, method: str, args: Sequence[Any]) -> Any:
+        """Without Ray's own repeats, which would act after we have given up."""
+        self._actor = self._actor or await asyncio.to_thread(self._find)
+        return await getattr(self._actor, method).options(max_task_retries=0).remote(*args)
+
     def _find(self) -> Any:
         """Our own deployment's actor, else its successor's. Raises ValueError when none lives."""
         names = living(self._role)
         if not names:
             raise ValueError(self._role)
         return ray.get_actor(self._name if self._name in names else names[-1], NAMESPACE)
-
-
-class StorePort(Keys, Collections, Documents, Fence):
-    """The Store's ports over its actor. Each call also raises StoreUnavailable."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._named = Named(STORE, settings, StoreUnavailable)
-        self._timeout_s = settings.actors.call_timeout_s
-
-    async def _call(self, method: str, *args: Any) -> Any:
-        return await self._named.call("call", method, *args, timeout_s=self._timeout_s)
-
-    async def ready(self, timeout_s: float) -> bool:
-        """Whether it answers."""
-        return cast("bool", await self._named.call("ready", timeout_s=timeout_s))
-
-    async def find_key(self, key_id: str) -> Key | None:
-        """See Keys."""
-        return cast("Key | None", await self._call("find_key", key_id))
-
-    async def create_key(self, op: str, key: Key) -> None:
-        """See Keys."""
-        await self._call("create_key", op, key)
-
-    async def list_keys(self) -> Sequence[Key]:
-        """See Keys."""
-        return cast("Sequence[Key]", await self._call("list_keys"))
-
-    async def create_collection(self, op: str, collection: Collection) -> Collection:
-        """See Collections."""
-        return cast("Collection", await self._call("create_collection", op, collection))
-
-    async def find_collection(self, tenant: str, name: str) -> Collection | None:
-        """See Collections."""
-        return cast("Collection | None", await self._call("find_collection", tenant, name))
-
-    async def list_collections(self, tenant: str) -> Sequence[Collection]:
-        """See Collections."""
-        return cast("Sequence[Collection]", await self._call("list_collections", tenant))
-
-    async def delete_collection(self, op: str, tenant: str, name: str) -> Collection | None:
-        """See Collections."""
-        return cast("Collection | None", await self._call("delete_collection", op, tenant, name))
-
-    async def purge_collection(self, uuid: str) -> None:
-        """See Collections."""
-        await self._call("purge_collection", uuid)
-
-    async def deleted_collections(self) -> Sequence[Collection]:
-        """See Collections."""
-        return cast("Sequence[Collection]", await self._call("deleted_collections"))
-
-    async def begin_documents(
-        self, op: str, collection: str, writes: Sequence[DocumentWrite]
-    ) -> Sequence[DocumentVersion]:
-        """See Documents."""
-        versions = await self._call("begin_documents", op, collection, writes)
-        return cast("Sequence[DocumentVersion]", versions)
-
-    async def settle_documents(
-        self, collection: str, versions: Sequence[tuple[str, int, int]]
-    ) -> None:
-        """See Documents."""
-        await self._call("settle_documents", collection, versions)
-
-    async def delete_documents(
-        self, op: str, collection: str, documents: Sequence[str]
-    ) -> Sequence[DocumentVersion]:
-        """See Documents."""
-        versions = await self._call("delete_documents", op, collection, documents)
-        return cast("Sequence[DocumentVersion]", versions)
-
-    async def take_epoch(self, name: str, deploy_seq: int) -> int:
-        """See Fence."""
-        return cast("int", await self._call("take_epoch", name, deploy_seq))
-
-    async def superseded(
-        self, name: str, epoch: int, ns: str, versions: Mapping[str, int]
-    ) -> frozenset[str]:
-        """See Fence."""
-        return cast("frozenset[str]", await self._call("superseded", name, epoch, ns, versions))
 
 
 class UpserterPort(Upserter):
@@ -209,6 +148,31 @@ class UpserterPort(Upserter):
     async def drop(self, ns: str) -> None:
         """See Upserter. Waits for a restart: 20 s more than a short call."""
         await self._named.call("drop", ns, timeout_s=self._timeout_s + 20)
+
+
+class LedgerPort(Ledger, Queues):
+    """The Ledger over its actor: quick to say that it is away, since its callers can go on."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._named = Named(LEDGER, settings, LedgerUnavailable)
+        self._timeout_s = settings.ledger.timeout_s
+
+    async def _ask(self, method: str, *args: Any) -> Any:
+        return await self._named.ask(method, *args, timeout_s=self._timeout_s)
+
+    async def exchange(
+        self, op: str, replica: str, returns: Sequence[Return], draws: Sequence[Draw]
+    ) -> Sequence[Grant]:
+        """See Ledger."""
+        return cast("Sequence[Grant]", await self._ask("exchange", op, replica, returns, draws))
+
+    async def report_queue(self, report: QueueReport) -> None:
+        """What waits in one embedder replica now. Raises LedgerUnavailable."""
+        await self._ask("report_queue", report)
+
+    async def queue_reports(self, tenant: str) -> Sequence[QueueReport]:
+        """See Queues."""
+        return cast("Sequence[QueueReport]", await self._ask("queue_reports", tenant))
 
 
 class EmbedderPort(Embedder):

@@ -1,6 +1,7 @@
 """The ingress: a Serve deployment around the FastAPI app, built on the replica."""
 
 import asyncio
+import os
 import time
 from collections.abc import Awaitable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,9 @@ from fastapi import FastAPI
 from ray.serve import get_replica_context, ingress
 from ray.serve.handle import DeploymentHandle
 
-from deployments.handles import EmbedderPort, StorePort, UpserterPort
+from deployments.handles import EmbedderPort, LedgerPort, UpserterPort
+from deployments.metrics import publish
+from deployments.store_port import StorePort
 from serve.admission.keys import Door
 from serve.admission.quotas import Quotas
 from serve.api.app import create_app
@@ -23,8 +26,11 @@ from serve.flows.context import Context
 from serve.flows.embed import EmbedFlow
 from serve.flows.ingest import IngestFlow
 from serve.flows.models import Models
+from serve.flows.operators import OperatorFlow
 from serve.flows.search import SearchFlow
+from serve.flows.usage import UsageFlow
 from serve.index.lancedb import LanceIndex
+from serve.ports import Ledger
 
 
 READY_TIMEOUT_S = 2.0
@@ -40,11 +46,29 @@ def make_app() -> FastAPI:
     return create_app(service, id_echoed=True)
 
 
+def open_ledger(settings: Settings) -> Ledger:
+    """The Ledger actor, or the Redis that is configured in its place.
+
+    Raises RuntimeError when the variable that `ledger.redis_url_env` names is not set.
+    """
+    name = settings.ledger.redis_url_env
+    if not name:
+        return LedgerPort(settings)
+    url = os.environ.get(name)
+    if not url:
+        raise RuntimeError(f"ledger.redis_url_env: the environment variable {name} is not set")
+    from serve.admission.redis import RedisLedger  # noqa: PLC0415  an optional dependency
+
+    return RedisLedger(url, settings.ledger, wall=time.time)
+
+
 @ingress(make_app)
 class Ingress:
     """Authenticates, tokenises, checks quotas and runs the flows."""
 
-    def __init__(self, settings: Settings, embedders: Mapping[str, DeploymentHandle[Any]]) -> None:
+    async def __init__(  # type: ignore[misc]
+        self, settings: Settings, embedders: Mapping[str, DeploymentHandle[Any]]
+    ) -> None:
         """`embedders` holds one handle per pool, by name; `settings.data_dir` is absolute."""
         pace = settings.ingress.tokens_per_s_min
         self._embedders = {
@@ -53,17 +77,28 @@ class Ingress:
         self._store = StorePort(settings)
         self._upserter = UpserterPort(settings)
         self._ready: tuple[float, dict[str, bool]] = (-READY_CACHE_S, {})
+        self._ledger = open_ledger(settings)
+        self._quotas = Quotas(
+            self._ledger,
+            self._store,
+            settings.ledger,
+            replica=get_replica_context().replica_tag,
+            replicas=settings.ingress.replicas,
+            owners_max=settings.admission.tenants_tracked_max,
+            clock=time.monotonic,
+            wall=time.time,
+        )
+        self._tasks = [
+            asyncio.create_task(self._quotas.run()),
+            asyncio.create_task(publish(self._quotas)),
+        ]
         self.service = self._wire(settings)
 
     def _wire(self, settings: Settings) -> Service:
         context = Context(
             settings,
             Models.open(settings, self._embedders),
-            Quotas(
-                settings.admission.tiers,
-                replicas=settings.ingress.replicas,
-                tenants_max=settings.admission.tenants_tracked_max,
-            ),
+            self._quotas,
             ThreadPoolExecutor(settings.ingress.tokenizer_threads, "tokenizer"),
             time.monotonic,
             time.time,
@@ -73,13 +108,27 @@ class Ingress:
         collections = CollectionFlow(context, self._store, self._upserter)
         return Service(
             context,
-            Door(self._store, settings.admission, clock=time.monotonic),
+            Door(self._store, settings.admission, clock=time.monotonic, wall=time.time),
             embed,
             collections,
             IngestFlow(context, collections, embed, self._store, self._upserter),
             SearchFlow(context, collections, embed, index),
+            OperatorFlow(settings, self._store, self._store, time.time),
+            UsageFlow(context, self._store, LedgerPort(settings)),
             self.ready,
         )
+
+    async def check_health(self) -> None:
+        """Serve replaces the replica when this raises."""
+        for task in self._tasks:
+            if task.done():
+                task.result()
+
+    async def __del__(self) -> None:
+        """Serve awaits this once the last request is done: give back what is held, tell the rest."""
+        for task in self._tasks:
+            task.cancel()
+        await self._quotas.close()
 
     async def ready(self) -> dict[str, bool]:
         """Part by part; asked at most once a second, however often the probes come."""

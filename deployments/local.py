@@ -3,15 +3,13 @@
 Import it after the environment is set: Ray reads much of it on import.
 """
 
-import asyncio
 import logging
 import math
 import os
 import signal
 import tempfile
 import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -23,13 +21,12 @@ import yaml
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 from ray.serve.scripts import cli as serve_command
 
-from deployments.actors import NAMESPACE, STORE, UPSERTER, living, retire
+from deployments.actors import LEDGER, NAMESPACE, STORE, UPSERTER, living, retire
 from deployments.client import ready
-from deployments.handles import StorePort
 from deployments.places import Claim, Cluster, DeployFile, NotRunning, StartFailed
-from serve.admission.keys import new_key
+from deployments.store_port import StorePort
 from serve.config import Settings
-from serve.records import Key
+from serve.flows.operators import OperatorFlow
 
 
 LOOK_EVERY_S = 0.5
@@ -97,33 +94,10 @@ def connected(address: str) -> Iterator[None]:
         ray.shutdown()
 
 
-def create_keys(
-    settings: Settings, wanted: Sequence[tuple[str, str]], *, first_only: bool = False
-) -> list[tuple[Key, str]]:
-    """A key per (tenant, tier), with the text that is never shown again.
-
-    With `first_only`, none when the Store holds keys already. Raises ServiceError.
-    """
-
-    async def create() -> list[tuple[Key, str]]:
-        store = StorePort(settings)
-        if first_only and await store.list_keys():
-            return []
-        made = [new_key(tenant, tier, time.time()) for tenant, tier in wanted]
-        for key, _ in made:
-            await store.create_key(uuid.uuid4().hex, key)
-        return made
-
-    return asyncio.run(create())
-
-
-def list_keys(settings: Settings) -> list[Key]:
-    """Every live key. Raises ServiceError."""
-
-    async def listed() -> list[Key]:
-        return list(await StorePort(settings).list_keys())
-
-    return asyncio.run(listed())
+def operators(settings: Settings) -> OperatorFlow:
+    """Keys and tenants, over the connection that there is."""
+    store = StorePort(settings)
+    return OperatorFlow(settings, store, store, time.time)
 
 
 def _start(file: DeployFile, temp_dir: Path | None) -> str:
@@ -166,7 +140,7 @@ def _stop(settings: Settings) -> None:
         try:
             if ray.is_initialized():
                 ray.serve.shutdown()  # type: ignore[no-untyped-call]
-                for role in (UPSERTER, STORE):
+                for role in (UPSERTER, STORE, LEDGER):
                     for name in living(role):
                         retire(name, settings.actors.drain_s)
         finally:

@@ -11,11 +11,14 @@ from deployments.actors import State, leave, watch
 from serve.config import Settings
 from serve.errors import Internal
 from serve.jobs.owner import StoreOwner
-from serve.ports import Collections, Documents, Fence, Keys
+from serve.ports import Collections, Documents, Fence, Keys, Tenants, Usage
 
 
 CALLS = frozenset(
-    name for port in (Keys, Collections, Documents, Fence) for name in vars(port) if name[0] != "_"
+    name
+    for port in (Keys, Tenants, Usage, Collections, Documents, Fence)
+    for name in vars(port)
+    if name[0] != "_"
 )
 """The methods of the Store's ports: what `call` may call."""
 
@@ -28,7 +31,13 @@ class StoreActor:
         """Open the file, waiting for a predecessor's lock. `settings.data_dir` is absolute."""
         self._leaving = False
         path = Path(settings.data_dir) / settings.store.path
-        self._owner = await asyncio.to_thread(StoreOwner, path, settings.store, time.time)
+        self._owner = await asyncio.to_thread(
+            StoreOwner,
+            path,
+            settings.store,
+            time.time,
+            collections_max=settings.limits.collections_max,
+        )
         self._watch = asyncio.create_task(
             watch(self._state, self.retire, grace_s=settings.actors.orphan_grace_s)
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 import ray
 
 from deployments.actors import START_S_MAX, UPSERTER, State, leave, watch
-from deployments.handles import StorePort
+from deployments.store_port import StorePort
 from serve.config import Settings
 from serve.errors import StoreUnavailable
 from serve.index.lancedb import LanceIndex

@@ -5,7 +5,9 @@ environment: a field that needs a secret holds the *name* of a variable. `docs/c
 generated from this file (`python -m deployments.config_docs`).
 """
 
-from typing import Annotated, Literal, Self
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -59,41 +61,128 @@ class Limits(Section):
     bulk_deadline_s: float = Field(
         120, gt=0, le=3600, description="Deadline of bulk work: document writes."
     )
+    deadline_s_max: float = Field(
+        290,
+        gt=0,
+        le=3600,
+        description="Longest deadline a client may ask for (`x-deadline-ms`), either class.",
+    )
     unknown_fields: Literal["accept", "refuse"] = Field(
         "accept", description="What to do with request fields we do not know on OpenAI's routes."
     )
 
 
-class Tier(Section):
-    """A tier is a fair-share weight and quotas. A rate over a minute means burst + rate."""
+PRESETS: dict[str, dict[str, float]] = {
+    "bucket_100_10": {"requests_burst": 100, "requests_per_minute": 10},
+}
+"""Named quotas: a bucket of 100 requests that refills with 10 a minute."""
+
+
+class Quota(Section):
+    """Limits of one class of work. A limit that is not set does not exist.
+
+    A rate over a window of T minutes lets burst + rate * T pass.
+    """
+
+    preset: Literal["bucket_100_10"] | None = Field(
+        None, description="Values for what is not set here: 100 requests, refilled with 10/min."
+    )
+    requests_per_minute: float | None = Field(
+        None, gt=0, le=1e9, description="Refill of the request quota."
+    )
+    requests_burst: int | None = Field(
+        None, ge=1, le=10**9, description="Requests that may come at once; default: a minute's."
+    )
+    tokens_per_minute: float | None = Field(
+        None, gt=0, le=1e12, description="Refill of the token quota."
+    )
+    tokens_burst: int | None = Field(
+        None, ge=8, le=10**12, description="Tokens that may come at once; default: a minute's."
+    )
+    concurrent_max: int | None = Field(
+        None, ge=1, le=10**6, description="Requests that may be under way at a time."
+    )
+    queued_tokens_max: int | None = Field(
+        None, ge=8, le=10**9, description="Tokens that may be accepted and not yet answered."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        """From the preset, and a minute's worth for a burst that is not given."""
+        if not isinstance(values, dict):
+            return values
+        given = {key: value for key, value in values.items() if value is not None}
+        for key, value in given.items():
+            if key != "preset" and not (isinstance(value, int | float) and math.isfinite(value)):
+                message = f"{key} must be a finite number"
+                raise ValueError(message)
+        filled = {**PRESETS.get(given.get("preset", ""), {}), **given}
+        for word, least in (("requests", 1), ("tokens", 8)):
+            rate = filled.get(f"{word}_per_minute")
+            if rate is not None and f"{word}_burst" not in filled:
+                filled[f"{word}_burst"] = max(int(rate), least)
+        return filled
+
+    @model_validator(mode="after")
+    def _bursts_refill(self) -> Self:
+        for word in ("requests", "tokens"):
+            if getattr(self, f"{word}_burst") and not getattr(self, f"{word}_per_minute"):
+                message = f"{word}_burst needs {word}_per_minute"
+                raise ValueError(message)
+        return self
+
+
+class Allowance(Section):
+    """What a tenant or a key may use. Class `bulk` (document writes) has limits of its own."""
+
+    interactive: Quota = Field(Quota(), description="Limits of embeddings and searches.")
+    bulk: Quota = Field(Quota(), description="Limits of bulk work: document writes.")
+    tokens_per_month: int | None = Field(
+        None, ge=1, le=10**15, description="Tokens of both classes in a calendar month (UTC)."
+    )
+
+    def changed(self, changes: Mapping[str, Any]) -> "Allowance":
+        """The same with some limits replaced; a null takes a limit away.
+
+        `changes` has this shape, in parts. Raises ValueError (pydantic's) when it has not.
+        """
+        whole = self.model_dump(include=set(Allowance.model_fields))
+        for key, value in changes.items():
+            old = whole.get(key)
+            if isinstance(value, Mapping) and isinstance(old, dict):
+                value = {**PRESETS.get(value.get("preset", ""), {}), **value}  # noqa: PLW2901
+                for word in ("requests", "tokens"):
+                    if f"{word}_per_minute" in value:  # its burst goes with it
+                        old.pop(f"{word}_burst")
+                whole[key] = {**old, **value}
+            else:
+                whole[key] = value
+        return Allowance.model_validate(whole)
+
+
+class Tier(Allowance):
+    """A tier is a fair-share weight and limits."""
 
     weight: float = Field(gt=0, le=1000, description="Share of the model among waiting tenants.")
-    requests_per_minute: float = Field(gt=0, le=1e9, description="Refill of the request quota.")
-    requests_burst: int = Field(ge=1, le=10**9, description="Requests that may come at once.")
-    tokens_per_minute: float = Field(gt=0, le=1e12, description="Refill of the token quota.")
-    tokens_burst: int = Field(ge=8, le=10**12, description="Tokens that may come at once.")
-    bulk_tokens_per_minute: float = Field(
-        gt=0, le=1e12, description="Refill of the separate token quota of class `bulk`."
-    )
-    bulk_tokens_burst: int = Field(
-        ge=8, le=10**12, description="Bulk tokens that may come at once."
-    )
-    queued_tokens_max: int = Field(
-        ge=8, le=10**9, description="Tokens of one tenant that may wait in one embedder replica."
-    )
 
 
 def _default_tiers() -> dict[str, Tier]:
     def tier(weight: float, scale: int) -> Tier:
         return Tier(
             weight=weight,
-            requests_per_minute=600 * scale,
-            requests_burst=600 * scale,
-            tokens_per_minute=400_000 * scale,
-            tokens_burst=400_000 * scale,
-            bulk_tokens_per_minute=1_000_000 * scale,
-            bulk_tokens_burst=1_000_000 * scale,
-            queued_tokens_max=400_000 * min(scale, 4),
+            interactive=Quota(
+                requests_per_minute=600 * scale,
+                tokens_per_minute=400_000 * scale,
+                concurrent_max=64 * min(scale, 16),
+                queued_tokens_max=400_000 * min(scale, 4),
+            ),
+            bulk=Quota(
+                requests_per_minute=600 * scale,
+                tokens_per_minute=1_000_000 * scale,
+                concurrent_max=16 * min(scale, 16),
+                queued_tokens_max=1_000_000 * min(scale, 4),
+            ),
         )
 
     return {"free": tier(1, 1), "premium": tier(4, 5), "enterprise": tier(16, 25)}
@@ -110,7 +199,11 @@ class Admission(Section):
     )
     bulk_share: float = Field(1, gt=0, le=1000, description="Share of class `bulk`.")
     key_cache_s: float = Field(
-        1, gt=0, le=60, description="How long an ingress replica trusts a key it has looked up."
+        0.5,
+        gt=0,
+        le=60,
+        description="How long an ingress replica trusts a key it has looked up: after this, a "
+        "revoked key is refused and a new tier holds.",
     )
     key_stale_s: float = Field(
         60,
@@ -119,8 +212,58 @@ class Admission(Section):
         description="How long it goes on trusting that key while the Store is away.",
     )
     keys_cached_max: int = Field(10_000, ge=1, le=10**7, description="Keys held in that cache.")
+    key_overlap_s: float = Field(
+        86_400,
+        ge=0,
+        le=90 * 86_400,
+        description="How long a rotated key stays live beside its successor, unless told otherwise.",
+    )
     tenants_tracked_max: int = Field(
         100_000, ge=16, le=10**7, description="Tenants whose quota state is held at once."
+    )
+
+
+class Ledger(Section):
+    """How the limits are shared out to the ingress replicas, exactly over all of them."""
+
+    redis_url_env: str = Field(
+        "",
+        pattern=r"^([A-Z][A-Z0-9_]{0,127})?$",
+        description="Name of the environment variable with the URL of a Redis that keeps the "
+        "limits instead of the Ledger actor; empty: the actor.",
+    )
+    block_s: float = Field(
+        0.5,
+        gt=0,
+        le=5,
+        description="A replica holds at most so many seconds' worth of a rate, to spend unasked.",
+    )
+    tick_s: float = Field(
+        0.1, gt=0, le=5, description="Between two background exchanges of a replica."
+    )
+    idle_s: float = Field(
+        1, gt=0, le=60, description="A block that was not used for so long is given back."
+    )
+    lease_s: float = Field(
+        60, ge=5, le=3600, description="What a dead replica held counts as free after this."
+    )
+    timeout_s: float = Field(
+        1, gt=0, le=30, description="Longest exchange; after it a replica goes by its local share."
+    )
+    retry_s: float = Field(
+        0.5, gt=0, le=60, description="Between two tries while the Ledger is away."
+    )
+    refusal_s_max: float = Field(
+        0.5, ge=0, le=10, description="How long a refusal may be repeated without asking again."
+    )
+    usage_flush_s: float = Field(
+        2, gt=0, le=60, description="How often a replica reports usage to the Store."
+    )
+    queue_report_s: float = Field(
+        0.5, gt=0, le=60, description="How often an embedder reports what waits in it."
+    )
+    queue_places_max: int = Field(
+        1000, ge=1, le=100_000, description="Tenants named in one such report."
     )
 
 
@@ -191,6 +334,12 @@ class Batch(Section):
     queue_items_max: int = Field(
         50_000, ge=1, le=10**7, description="Inputs that may wait in one replica."
     )
+    tenant_tokens_max: int = Field(
+        1_000_000, ge=8, le=10**9, description="Of them, tokens of one tenant."
+    )
+    tenant_items_max: int = Field(
+        25_000, ge=1, le=10**7, description="Of them, inputs of one tenant."
+    )
     item_overhead_tokens: int = Field(
         32, ge=0, le=4096, description="Tokens added to each input's cost for its fixed work."
     )
@@ -236,7 +385,7 @@ class Ingress(Section):
         1,
         ge=1,
         le=1000,
-        description="Ingress replicas; each enforces its share (1/replicas) of every quota.",
+        description="Ingress replicas; while the Ledger is away each enforces 1/replicas of a limit.",
     )
     requests_max: int = Field(
         512, ge=8, le=100_000, description="Requests a replica works on at once."
@@ -352,6 +501,13 @@ class Store(Section):
     operations_kept_s: float = Field(
         3600, ge=60, le=10**6, description="How long results of operations are kept for repeats."
     )
+    keys_max: int = Field(100, ge=1, le=10_000, description="Live keys of one tenant.")
+    audit_kept_s: float = Field(
+        365 * 86_400,
+        ge=86_400,
+        le=20 * 365 * 86_400,
+        description="How long the audit log keeps an entry.",
+    )
 
 
 class Actors(Section):
@@ -379,6 +535,7 @@ class Settings(Section):
     )
     limits: Limits = Field(default=Limits(), description="What one request may ask for.")
     admission: Admission = Field(default=Admission(), description="Tiers, shares and keys.")
+    ledger: Ledger = Field(default=Ledger(), description="How limits are shared out.")
     pools: tuple[Pool, ...] = Field(
         default_factory=_default_pools, min_length=1, max_length=16, description="Models."
     )

@@ -146,6 +146,14 @@ class StoreUnavailable(ServiceError):
     retryable = True
 
 
+class LedgerUnavailable(ServiceError):
+    """The Ledger (or Redis in its place) is away. Reaches a client only where it asks for queues."""
+
+    status = 503
+    code = "ledger_unavailable"
+    retryable = True
+
+
 class DeadlineExceeded(ServiceError):
     """The request's deadline passed before its work was done."""
 

@@ -4,9 +4,11 @@ them; `deployments/handles.py` implements those that stand behind a Ray handle o
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
+from serve.grants import Draw, Grant, Return
 from serve.records import (
+    AuditEntry,
     Collection,
     CollectionSpec,
     DocumentVersion,
@@ -19,8 +21,11 @@ from serve.records import (
     InputKind,
     Key,
     Outcome,
+    QueueReport,
     Record,
+    Tenant,
     Tombstone,
+    UsageRow,
     Vector,
     Write,
 )
@@ -165,18 +170,109 @@ class Upserter(Protocol):
 
 
 class Keys(Protocol):
-    """Tenants and keys in the Store."""
+    """Keys in the Store. `by` is who changes something, for the audit log."""
 
     async def find_key(self, key_id: str) -> Key | None:
-        """The live key of that id, with its tenant's tier."""
+        """The live key of that id (neither revoked nor expired), with its tenant's tier."""
         ...
 
-    async def create_key(self, op: str, key: Key) -> None:
-        """Keep a key; makes the tenant when it is new, else sets its tier."""
+    async def create_key(self, op: str, key: Key, by: str = "") -> None:
+        """Keep a key; makes the tenant when it is new, else sets its tier.
+
+        An empty tier leaves the tenant's as it is. Raises Conflict (id taken), NotFound (an empty
+        tier and no such tenant).
+        """
         ...
 
-    async def list_keys(self) -> Sequence[Key]:
-        """Every live key."""
+    async def list_keys(self, tenant: str | None = None) -> Sequence[Key]:
+        """Every live key, of one tenant or of all, by tenant and age."""
+        ...
+
+    async def rotate_key(
+        self, op: str, key_id: str, successor: Key, overlap_s: float, by: str
+    ) -> Key:
+        """Keep `successor` (id, secret, creation; the rest is the old key's) and let the old one
+        expire after `overlap_s`; returns the successor as kept.
+
+        Raises NotFound, Conflict when the old one is expiring already: two live keys at most.
+        """
+        ...
+
+    async def change_key(
+        self, op: str, key_id: str, name: str | None, limits: Mapping[str, Any] | None, by: str
+    ) -> Key:
+        """Set a key's name and limits, where not None; of its whole family. Raises NotFound."""
+        ...
+
+    async def revoke_key(self, op: str, key_id: str, by: str) -> None:
+        """End a key at once.
+
+        Raises NotFound when there is no live key of that id, Conflict for the last live admin key
+        unless `by` is the command line (`cli:...`).
+        """
+        ...
+
+
+class Tenants(Protocol):
+    """Tenants, their audit log and their usage in the Store."""
+
+    async def find_tenant(self, tenant: str) -> Tenant | None:
+        """One tenant."""
+        ...
+
+    async def list_tenants(self, after: str, limit: int) -> Sequence[Tenant]:
+        """Tenants by name, those after `after`."""
+        ...
+
+    async def set_tenant(
+        self, op: str, tenant: str, tier: str | None, limits: Mapping[str, Any] | None, by: str
+    ) -> Tenant:
+        """Make a tenant, or set its tier and limits where not None.
+
+        Raises NotFound when it is new and has no tier.
+        """
+        ...
+
+    async def list_audit(
+        self, tenant: str | None, before: int | None, limit: int
+    ) -> Sequence[AuditEntry]:
+        """Entries, newest first; those with a number below `before`."""
+        ...
+
+
+class Usage(Protocol):
+    """What was used, in the Store."""
+
+    async def report_usage(self, session: str, rows: Sequence[UsageRow]) -> None:
+        """Keep what one replica counted since its session began: cumulative, so a repeat is safe."""
+        ...
+
+    async def month_usage(self, tenant: str, month: str) -> Sequence[UsageRow]:
+        """A tenant's usage of a month over all replicas, one row per key family and class."""
+        ...
+
+
+class Ledger(Protocol):
+    """Shares every limit out to the ingress replicas."""
+
+    async def exchange(
+        self, op: str, replica: str, returns: Sequence[Return], draws: Sequence[Draw]
+    ) -> Sequence[Grant]:
+        """Take returns, then answer the draws, in order. A repeat of `op` acts once.
+
+        Raises LedgerUnavailable.
+        """
+        ...
+
+
+class Queues(Protocol):
+    """What waits in the embedders, as they last reported."""
+
+    async def queue_reports(self, tenant: str) -> Sequence[QueueReport]:
+        """Every replica's report of the last seconds, with the places of this tenant only.
+
+        Raises LedgerUnavailable.
+        """
         ...
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.errors import ServiceError
+from serve.grants import Limit
 
 
 Vector = NDArray[np.float32]
@@ -22,14 +23,24 @@ KLASSES: tuple[Klass, ...] = ("interactive", "bulk")
 InputKind = Literal["ids", "text", "image", "pair"]
 
 
+Role = Literal["user", "admin"]
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who pays: the tenant behind a key, with its tier and the tier's fair-share weight."""
+    """Who pays: the tenant behind a key, with its tier, the tier's fair-share weight and limits.
+
+    `key` is the key's family: a rotated key is the same payer.
+    """
 
     tenant: str
     tier: str
     weight: float
     key: str
+    role: Role = "user"
+    limits: Mapping[Klass, tuple[Limit, ...]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +75,8 @@ class EmbedCall:
 
     `tokens[i]` is the number of tokens of `inputs[i]`. `deadline_s` is how long the call may wait
     for others, relative to arrival because clocks of two processes must not be compared; the
-    time of its own work is added by the embedder. `queued_tokens_max` is the tenant's own cap.
+    time of its own work is added by the embedder. `limit_s` is the client's own deadline, which
+    includes that work: nothing of the call starts after it. `priority` (0..100, higher first) orders the tenant's own calls of a class, nobody else's.
     """
 
     request_id: str
@@ -75,7 +87,8 @@ class EmbedCall:
     inputs: tuple[Input, ...]
     tokens: tuple[int, ...]
     deadline_s: float
-    queued_tokens_max: int
+    limit_s: float | None = None
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +116,115 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """An API key as the Store keeps it: never the secret, only its SHA-256 in hex."""
+    """An API key as the Store keeps it: never the secret, only its SHA-256 in hex.
+
+    Attributes:
+        tier: the tenant's tier of now.
+        family: id of the first key of a chain of rotations; limits and usage follow it.
+        limits: of this key, in the shape of `serve.config.Allowance`; empty: none of its own.
+        tenant_limits: what the tenant has instead of its tier's, in the same shape, in parts.
+        expires_at: epoch seconds after which it is no longer live; None: never.
+    """
 
     id: str
     tenant: str
     tier: str
     secret_sha256: str
     created_at: float
+    role: Role = "user"
+    name: str = ""
+    family: str = ""
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    tenant_limits: Mapping[str, Any] = field(default_factory=dict)
+    expires_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """A tenant with its tier and what it has instead of the tier's limits."""
+
+    tenant: str
+    tier: str
+    created_at: float
+    limits: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class AuditEntry:
+    """One change an operator made. `detail` holds what is new and what was before, no secrets.
+
+    Attributes:
+        number: rises by one or more with each entry.
+        by: `key:<id>` over HTTP, `cli:<user>@<host>` from the command line.
+        action: for example `key.create`, `key.rotate`, `key.revoke`, `tenant.set`.
+        subject: the key id, or empty.
+    """
+
+    number: int
+    at: float
+    by: str
+    action: str
+    tenant: str
+    subject: str
+    detail: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRow:
+    """What a key's family used in a month (`2026-11`, UTC) at a class.
+
+    `tokens` and `requests` were admitted and not refunded; `refused` requests met a quota.
+    """
+
+    month: str
+    tenant: str
+    key: str
+    klass: Klass
+    requests: int
+    tokens: int
+    refused: int
+
+
+@dataclass(frozen=True, slots=True)
+class QueuePlace:
+    """What one tenant has waiting in one class of one queue.
+
+    Attributes:
+        items: inputs that wait; `cost` is theirs, in tokens corrected per model.
+        share: the part of the service it gets while everyone now waiting keeps waiting, 0..1.
+        ahead: cost that passes, at most, before its next item starts.
+        starts_s: predicted seconds until then; `ends_s` until its last one is done.
+        oldest_s: how long its oldest one has waited.
+        effective_priority: 0..100; 100 is next.
+    """
+
+    tenant: str
+    klass: Klass
+    weight: float
+    items: int
+    cost: float
+    share: float
+    ahead: float
+    starts_s: float
+    ends_s: float
+    oldest_s: float
+    effective_priority: float
+
+
+@dataclass(frozen=True, slots=True)
+class QueueReport:
+    """What waits in one embedder replica: in all, and per tenant (bounded, largest first).
+
+    `cost_s` is the predicted seconds of one unit of `cost`.
+    """
+
+    pool: str
+    replica: str
+    items: int
+    cost: float
+    cost_s: float
+    tenants: int
+    places: tuple[QueuePlace, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

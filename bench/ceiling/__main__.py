@@ -3,7 +3,8 @@
     python -m bench.ceiling --config config.yaml --data-dir FOLDER --port 8001
 
 Same API, tokenizer, quotas, keys, fair queue, batcher and engines as the service; only the proxy,
-the handle calls and the processes between are missing. It keeps its index in memory.
+the handle calls and the processes between are missing. It keeps its index in memory, and its Ledger
+beside the quotas.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import uvicorn
 import uvloop
 
 from deployments.places import DeployFile
+from serve.admission.bank import BankLedger
 from serve.admission.keys import Door
 from serve.admission.quotas import Quotas
 from serve.api.app import create_app
@@ -31,11 +33,13 @@ from serve.flows.context import Context
 from serve.flows.embed import EmbedFlow
 from serve.flows.ingest import IngestFlow
 from serve.flows.models import Models
+from serve.flows.operators import OperatorFlow
 from serve.flows.search import SearchFlow
+from serve.flows.usage import UsageFlow
 from serve.index.memory import MemoryIndex
 from serve.index.writer import Writer
 from serve.jobs.owner import StoreOwner
-from serve.records import EmbedCall, EmbedReply
+from serve.records import EmbedCall, EmbedReply, QueueReport
 
 
 UPSERTER = "upserter"
@@ -73,6 +77,14 @@ class InProcess:
         return self.batcher.healthy
 
 
+class Unreported:
+    """`ports.Queues` without a report."""
+
+    async def queue_reports(self, _tenant: str) -> tuple[QueueReport, ...]:
+        """See `serve.ports.Queues`."""
+        return ()
+
+
 class Ceiling:
     """Everything of one process; `run` serves until the process is told to end."""
 
@@ -90,6 +102,7 @@ class Ceiling:
             clock=time.monotonic,
             rng=random.Random(),
         )
+        self._quotas = _quotas(settings, store)
         self._service = self._wire(settings, store)
 
     @classmethod
@@ -103,11 +116,7 @@ class Ceiling:
         context = Context(
             settings,
             Models.open(settings, self._embedders),
-            Quotas(
-                settings.admission.tiers,
-                replicas=1,
-                tenants_max=settings.admission.tenants_tracked_max,
-            ),
+            self._quotas,
             ThreadPoolExecutor(settings.ingress.tokenizer_threads, "tokenizer"),
             time.monotonic,
             time.time,
@@ -116,11 +125,13 @@ class Ceiling:
         collections = CollectionFlow(context, store, self._writer)
         return Service(
             context,
-            Door(store, settings.admission, clock=time.monotonic),
+            Door(store, settings.admission, clock=time.monotonic, wall=time.time),
             embed,
             collections,
             IngestFlow(context, collections, embed, store, self._writer),
             SearchFlow(context, collections, embed, self._index),
+            OperatorFlow(settings, store, store, time.time),
+            UsageFlow(context, store, Unreported()),
             self._ready,
         )
 
@@ -134,10 +145,28 @@ class Ceiling:
         )
         async with asyncio.TaskGroup() as group:
             work = [one.batcher.run() for one in self._embedders.values()]
-            tasks = [group.create_task(one) for one in (*work, self._writer.run())]
+            work += [self._writer.run(), self._quotas.run()]
+            tasks = [group.create_task(one) for one in work]
             await uvicorn.Server(config).serve()
             for task in tasks:
                 task.cancel()
+
+
+def _quotas(settings: Settings, store: StoreOwner) -> Quotas:
+    owners_max = settings.admission.tenants_tracked_max
+    ledger = BankLedger(
+        settings.ledger, keys_max=8 * owners_max, clock=time.monotonic, wall=time.time
+    )
+    return Quotas(
+        ledger,
+        store,
+        settings.ledger,
+        replica="ceiling",
+        replicas=1,
+        owners_max=owners_max,
+        clock=time.monotonic,
+        wall=time.time,
+    )
 
 
 async def serve(settings: Settings, folder: Path, port: int) -> None:

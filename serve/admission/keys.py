@@ -4,6 +4,7 @@ A fast hash is enough because the secret is 256 random bits, not a password: the
 dictionary to try. Comparison is constant-time, also for an id that does not exist.
 """
 
+import asyncio
 import hashlib
 import hmac
 import math
@@ -11,12 +12,14 @@ import re
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+from serve.admission.limits import caller_of
 from serve.config import Admission, Tier
-from serve.errors import Forbidden, StoreUnavailable, Unauthorized
+from serve.errors import Forbidden, ServiceError, StoreUnavailable, Unauthorized
 from serve.ports import Keys
-from serve.records import Caller, Key
+from serve.records import Caller, Key, Role
 
 
 _FORM = re.compile(r"hr_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
@@ -28,10 +31,52 @@ def hash_secret(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def new_key(tenant: str, tier: str, now: float) -> tuple[Key, str]:
-    """A fresh key and the text that its owner sends; the text is shown once and never kept."""
+def new_key(
+    tenant: str,
+    tier: str,
+    now: float,
+    *,
+    role: Role = "user",
+    name: str = "",
+    limits: Mapping[str, Any] | None = None,
+) -> tuple[Key, str]:
+    """A fresh key and the text that its owner sends; the text is shown once and never kept.
+
+    With an empty tier the tenant keeps the one it has. `now` is in epoch seconds.
+    """
     key_id, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
-    return Key(key_id, tenant, tier, hash_secret(secret), now), f"hr_{key_id}_{secret}"
+    key = Key(
+        key_id,
+        tenant,
+        tier,
+        hash_secret(secret),
+        now,
+        role=role,
+        name=name,
+        family=key_id,
+        limits=dict(limits or {}),
+    )
+    return key, f"hr_{key_id}_{secret}"
+
+
+def successor(key: Key, now: float) -> tuple[Key, str]:
+    """A key of the same family with another id and secret, and the text that its owner sends."""
+    fresh, text = new_key(key.tenant, key.tier, now)
+    made = replace(
+        key,
+        id=fresh.id,
+        secret_sha256=fresh.secret_sha256,
+        created_at=now,
+        family=key.family or key.id,
+        expires_at=None,
+    )
+    return made, text
+
+
+def require_admin(caller: Caller) -> None:
+    """Raises Forbidden unless the caller's key is an admin's."""
+    if caller.role != "admin":
+        raise Forbidden("This needs a key of role 'admin'.", code="admin_required")
 
 
 def parse(authorization: str | None) -> tuple[str, str]:
@@ -44,9 +89,20 @@ def parse(authorization: str | None) -> tuple[str, str]:
 
 
 @dataclass(slots=True)
-class _Cached:
+class _Found:
+    """What the Store said of an id: `key` is None when there is no live one."""
+
     key: Key | None
     at: float
+    caller: Caller | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """A look-up under way, asked at `at`; a failure is its result, so that none goes unseen."""
+
+    at: float
+    answer: asyncio.Task[_Found | ServiceError]
 
 
 class Door:
@@ -55,6 +111,7 @@ class Door:
     Looked-up keys (also unknown ones) are trusted for `key_cache_s`, and known ones for
     `key_stale_s` more while the Store is away, so that a restart of the Store is not an outage:
     once it is known to be away, one request in `key_cache_s` waits for it and the others pass.
+    Requests that need the same look-up share it.
     """
 
     def __init__(
@@ -63,55 +120,100 @@ class Door:
         settings: Admission,
         *,
         clock: Callable[[], float],
+        wall: Callable[[], float],
     ) -> None:
+        """`clock` is monotonic; `wall` gives epoch seconds, for the expiry of keys."""
         self._keys = keys
         self._settings = settings
         self._tiers: Mapping[str, Tier] = settings.tiers
         self._clock = clock
-        self._cache: OrderedDict[str, _Cached] = OrderedDict()
+        self._wall = wall
+        self._cache: OrderedDict[str, _Found] = OrderedDict()
+        self._questions: dict[str, _Question] = {}
         self._away_until: float | None = None  # None while the Store answers
 
     async def caller(self, authorization: str | None) -> Caller:
         """Who sent this.
 
-        Raises Unauthorized, Forbidden (the tenant's tier is not configured), StoreUnavailable.
+        Raises Unauthorized, Forbidden (the tenant's tier is not configured, or limits that were
+        set for it are not valid any more), StoreUnavailable.
         """
         key_id, secret = parse(authorization)
-        key = await self._find(key_id)
+        found = await self._find(key_id)
+        key = found.key
         known = key.secret_sha256 if key is not None else _NOBODY
         if not hmac.compare_digest(hash_secret(secret), known) or key is None:
-            raise Unauthorized("The key is not valid, or has been revoked.")
+            raise Unauthorized("The key is not valid, has expired or has been revoked.")
+        if key.expires_at is not None and key.expires_at <= self._wall():
+            raise Unauthorized("The key is not valid, has expired or has been revoked.")
+        if found.caller is None:
+            found.caller = self._caller(key)
+        return found.caller
+
+    def _caller(self, key: Key) -> Caller:
         tier = self._tiers.get(key.tier)
         if tier is None:
             raise Forbidden(f"Tier {key.tier!r} of this key is not configured here.")
-        return Caller(key.tenant, key.tier, tier.weight, key.id)
+        try:
+            return caller_of(key, tier)
+        except ValueError:
+            raise Forbidden(
+                f"The limits that were set for tenant {key.tenant!r} or for this key are not valid "
+                f"with tier {key.tier!r} as it is now: an administrator must set them anew.",
+                code="limits_not_valid",
+            ) from None
 
-    async def _find(self, key_id: str) -> Key | None:
+    async def _find(self, key_id: str) -> _Found:
         now, trusted_s = self._clock(), self._settings.key_cache_s
         cached = self._cache.get(key_id)
         age_s = now - cached.at if cached is not None else math.inf
         if cached is not None and age_s < trusted_s:
-            return cached.key
+            return cached
         stale = None
-        if cached is not None and age_s < trusted_s + self._settings.key_stale_s:
-            stale = cached.key
+        if cached is not None and cached.key is not None:
+            stale = cached if age_s < trusted_s + self._settings.key_stale_s else None
         if self._away_until is not None:
             if stale is not None and now < self._away_until:
                 return stale
             self._away_until = now + trusted_s
+        answer = await self._asked(key_id, since=now - trusted_s)
+        if isinstance(answer, _Found):
+            return answer
+        if stale is not None and isinstance(answer, StoreUnavailable):
+            return stale
+        raise answer
+
+    async def _asked(self, key_id: str, since: float) -> _Found | ServiceError:
+        """The Store's answer to a question put after `since`, one at a time for each id."""
+        while True:
+            question = self._questions.get(key_id)
+            if question is None:
+                at = self._clock()
+                question = _Question(at, asyncio.create_task(self._ask(key_id, at)))
+                self._questions[key_id] = question
+            # Shielded: a caller who leaves must not take the answer from the others.
+            answer = await asyncio.shield(question.answer)
+            if question.at > since:
+                return answer
+
+    async def _ask(self, key_id: str, at: float) -> _Found | ServiceError:
         try:
             key = await self._keys.find_key(key_id)
-        except StoreUnavailable:
-            self._away_until = self._clock() + trusted_s
-            if stale is not None:
-                return stale
-            raise
+        except ServiceError as error:
+            if isinstance(error, StoreUnavailable):
+                self._away_until = self._clock() + self._settings.key_cache_s
+            return error
+        finally:
+            del self._questions[key_id]
         self._away_until = None
-        self._keep(key_id, _Cached(key, now))
-        return key
+        return self._keep(key_id, key, at)
 
-    def _keep(self, key_id: str, found: _Cached) -> None:
-        self._cache[key_id] = found
+    def _keep(self, key_id: str, key: Key | None, at: float) -> _Found:
+        old = self._cache.get(key_id)
+        # An unchanged key keeps its caller: making one costs a validation of all its limits.
+        caller = old.caller if old is not None and old.key == key else None
+        found = self._cache[key_id] = _Found(key, at, caller)
         self._cache.move_to_end(key_id)
         while len(self._cache) > self._settings.keys_cached_max:
             self._cache.popitem(last=False)
+        return found

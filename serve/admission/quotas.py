@@ -1,218 +1,352 @@
-"""Quotas: GCRA over requests and tokens per minute, all dimensions or none. Pure.
+"""The limits of every caller as an ingress replica enforces them: the asyncio rim of `leases`.
 
-The generic cell rate algorithm (ITU-T I.371) keeps one number per key, the theoretical arrival
-time, and gives the exact time to wait. A limit over a window T means burst + rate * T.
-Each ingress replica enforces its share of every limit; see docs/adr/0006.
+A request whose limits are covered by what the replica holds awaits nothing. One task exchanges with
+the Ledger for all the others, another one reports usage to the Store.
 """
 
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+import asyncio
+import logging
+import math
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import KW_ONLY, dataclass, field
 
-from serve.config import Tier
+from serve import config
+from serve.admission.accounts import Account, Rate
+from serve.admission.asks import Ask, Permit, Refusal
+from serve.admission.leases import Leases
+from serve.admission.limits import SECONDS_PER_MINUTE, day_of, month_ends
+from serve.admission.usage import UsageCount
+from serve.admission.wallets import Wallet
 from serve.errors import BadInput, QuotaExceeded, ServiceError
-from serve.records import Caller, Klass
+from serve.ports import Ledger, Usage
+from serve.records import Caller, Klass, UsageRow
 
 
-EPSILON_S = 1e-9
-"""Sums of floats: a wait below this is none."""
+__all__ = ["Permit", "Quotas", "Rate", "Tally"]
 
+log = logging.getLogger("headrace.quotas")
 
-@dataclass(frozen=True, slots=True)
-class Dimension:
-    """One limit: `burst` units at once, one more each `interval_s`."""
-
-    name: str
-    interval_s: float
-    burst: float
-
-
-@dataclass(frozen=True, slots=True)
-class Rate:
-    """The state of one limit: units left, and the seconds until all of them are."""
-
-    limit: int
-    remaining: int
-    reset_s: float
+DAY_S = 86_400.0
 
 
 @dataclass(slots=True)
-class _State:
-    """Theoretical arrival time, latest charge, and the seconds given back so far."""
+class Tally:
+    """What happened since the start: for metrics.
 
-    tat: float
-    at: float
-    back_s: float = 0.0
-
-
-class Gcra:
-    """Theoretical arrival times by key; at most `keys_max`, the longest unused forgotten first.
-
-    A forgotten key starts with a full burst, hence the bound must exceed the tenants in use.
+    Attributes:
+        exchanges: that the Ledger answered; `failures` that it did not.
+        local_grants: requests admitted by the local share.
+        refused: requests by the name of the limit that refused them.
     """
 
-    def __init__(self, keys_max: int) -> None:
-        self._keys_max = keys_max
-        self._states: OrderedDict[tuple[str, str], _State] = OrderedDict()
-
-    def charge(
-        self, owner: str, costs: Mapping[Dimension, float], now: float
-    ) -> tuple[Dimension, float] | None:
-        """Charge every dimension or none; None when granted.
-
-        Else the dimension that has to wait longest, and how many seconds.
-        """
-        charged: dict[tuple[str, str], float] = {}
-        worst: tuple[Dimension, float] | None = None
-        for dimension, cost in costs.items():
-            state = self._states.get((owner, dimension.name))
-            tat = (now if state is None else max(state.tat, now)) + cost * dimension.interval_s
-            wait = tat - dimension.burst * dimension.interval_s - now
-            if wait > EPSILON_S and (worst is None or wait > worst[1]):
-                worst = (dimension, wait)
-            charged[owner, dimension.name] = tat
-        if worst is None:
-            for key, tat in charged.items():
-                self._keep(key, tat, now)
-        return worst
-
-    def mark(self, owner: str, dimension: Dimension) -> float:
-        """Where a charge that was just granted ends, for `give_back`."""
-        state = self._states[owner, dimension.name]
-        return state.tat + state.back_s
-
-    def give_back(self, owner: str, dimension: Dimension, units: float, *, mark: float) -> None:
-        """Take `units` off a charge; below zero it was too small and grows.
-
-        What of the charge had been refilled by the time of the latest one is not given back, and
-        nothing is to a forgotten key: a late refund must not let more than the burst through.
-        """
-        state = self._states.get((owner, dimension.name))
-        if state is not None:
-            unfilled_s = max(mark - state.back_s - state.at, 0.0)
-            back_s = min(units * dimension.interval_s, unfilled_s)
-            state.tat -= back_s
-            state.back_s += max(back_s, 0.0)
-
-    def rate(self, owner: str, dimension: Dimension, now: float) -> Rate:
-        """How much is left."""
-        state = self._states.get((owner, dimension.name))
-        debt_s = 0.0 if state is None else max(state.tat - now, 0.0)
-        remaining = int((dimension.burst - debt_s / dimension.interval_s) + 1e-6)
-        return Rate(int(dimension.burst), max(remaining, 0), debt_s)
-
-    def _keep(self, key: tuple[str, str], tat: float, now: float) -> None:
-        state = self._states.setdefault(key, _State(tat, now))
-        state.tat, state.at = tat, now
-        self._states.move_to_end(key)
-        if len(self._states) > self._keys_max:
-            self._states.popitem(last=False)
+    exchanges: int = 0
+    failures: int = 0
+    local_grants: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
 
 
-REQUESTS = "requests_per_minute"
-TOKENS: Mapping[Klass, str] = {
-    "interactive": "tokens_per_minute",
-    "bulk": "bulk_tokens_per_minute",
-}
-
-
-def dimensions(tier: Tier, klass: Klass, replicas: int) -> tuple[Dimension, Dimension]:
-    """One replica's share of a tier's request and token limits for a class."""
-    if klass == "interactive":
-        per_minute, burst = tier.tokens_per_minute, tier.tokens_burst
-    else:
-        per_minute, burst = tier.bulk_tokens_per_minute, tier.bulk_tokens_burst
-
-    def share(name: str, per_minute: float, burst: float) -> Dimension:
-        return Dimension(name, 60 * replicas / per_minute, max(burst / replicas, 1))
-
-    return (
-        share(REQUESTS, tier.requests_per_minute, tier.requests_burst),
-        share(TOKENS[klass], per_minute, burst),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Permit:
-    """What was charged: pass it to `settle` or `refund` once, when the truth is known."""
-
-    caller: Caller
-    klass: Klass
-    tokens: int
-    marks: tuple[float, float]
-
-
+@dataclass(eq=False)
 class Quotas:
-    """The limits of every tenant, as one ingress replica enforces them."""
+    """Admits requests of one ingress replica, one of `replicas`. `run` must be running.
 
-    def __init__(self, tiers: Mapping[str, Tier], *, replicas: int, tenants_max: int) -> None:
-        self._gcra = Gcra(3 * tenants_max)  # requests, tokens and bulk tokens of each
-        self._dimensions: dict[tuple[str, Klass], tuple[Dimension, Dimension]] = {}
-        for name, tier in tiers.items():
-            self._dimensions[name, "interactive"] = dimensions(tier, "interactive", replicas)
-            self._dimensions[name, "bulk"] = dimensions(tier, "bulk", replicas)
+    Attributes:
+        replica: names this process among those that are alive.
+        owners_max: keys, by class, whose state is held.
+        clock: monotonic, in seconds; `wall` in epoch seconds.
+        tally: what happened so far.
+    """
 
-    def admit(self, caller: Caller, klass: Klass, *, tokens: int, now: float) -> Permit:
-        """Charge one request and its tokens, or nothing.
+    ledger: Ledger
+    usage: Usage
+    settings: config.Ledger
+    _: KW_ONLY
+    replica: str
+    replicas: int
+    owners_max: int
+    clock: Callable[[], float]
+    wall: Callable[[], float]
+    tally: Tally = field(default_factory=Tally, init=False)
 
-        Raises QuotaExceeded with the dimension as its code and the exact wait, BadInput when the
-        request exceeds what its tier can ever hold at once.
+    def __post_init__(self) -> None:
+        """Begin with nothing."""
+        day = day_of(self.wall())
+        self._life = uuid.uuid4().hex
+        self._month = day[:7]
+        self._leases = Leases(
+            self.settings, replicas=self.replicas, owners_max=self.owners_max, month=self._month
+        )
+        self._count = UsageCount(f"{self.replica}/{self._life[:8]}", day)
+        self._turns_at = _next_day(self.wall())
+        self._month_ends = month_ends(self.wall())
+        self._wake = asyncio.Event()
+        self._futures: dict[Ask, asyncio.Future[None]] = {}
+        self._recalls: dict[str, asyncio.Lock] = {}
+        self._recall_at = -math.inf
+
+    @property
+    def away(self) -> bool:
+        """Whether the Ledger does not answer and requests go by the local share."""
+        return self._leases.share is not None
+
+    # --- a request -----------------------------------------------------------------------
+
+    def check(self, caller: Caller, klass: Klass) -> None:
+        """Raise QuotaExceeded if even a request of no tokens would be refused, as is known here."""
+        wallet = self._leases.wallets.find(caller, klass)
+        costs = [0 if account.by_token else 1 for account in wallet.accounts]
+        refusal = self._leases.refusal(wallet, costs, self.clock())
+        if refusal is not None:
+            self._refuse(wallet, refusal)
+            raise _exceeded(refusal)
+
+    @asynccontextmanager
+    async def admitted(
+        self, caller: Caller, klass: Klass, *, tokens: int, param: str = "input"
+    ) -> AsyncIterator[Permit]:
+        """Charge one request around its work: all of its limits, or none.
+
+        It is refunded when it is shed, fails by our fault or is cancelled; a caller's own mistake
+        that was only found after work was done stays charged. Raises QuotaExceeded with the limit
+        as its code and the exact wait, BadInput (`tokens_exceed_quota`) for more tokens than the
+        limit can ever hold.
         """
-        requests, per_token = self._dimensions[caller.tier, klass]
-        if tokens > per_token.burst:
-            raise BadInput(
-                f"The request has {tokens} tokens; tier {caller.tier} allows "
-                f"{int(per_token.burst)} at once ({per_token.name}).",
-                param="input" if klass == "interactive" else "documents",
-                code="tokens_exceed_quota",
-            )
-        refused = self._gcra.charge(caller.tenant, {requests: 1, per_token: tokens}, now)
-        if refused is not None:
-            dimension, wait_s = refused
-            raise QuotaExceeded(
-                f"Rate limit reached for {dimension.name}: {int(dimension.burst)} at once, "
-                f"{60 / dimension.interval_s:g} a minute. Try again in {wait_s:.3g} s.",
-                code=dimension.name,
-                retry_after_s=wait_s,
-            )
-        gcra, tenant = self._gcra, caller.tenant
-        marks = gcra.mark(tenant, requests), gcra.mark(tenant, per_token)
-        return Permit(caller, klass, tokens, marks)
-
-    @contextmanager
-    def admitted(
-        self, caller: Caller, klass: Klass, *, tokens: int, now: float
-    ) -> Iterator[Permit]:
-        """`admit` around work: refunded when it is shed, fails by our fault or is cancelled.
-
-        A caller's own mistake that was only found after work was done stays charged.
-        """
-        permit = self.admit(caller, klass, tokens=tokens, now=now)
+        permit = await self._admit(caller, klass, tokens, param)
+        refund = True
         try:
             yield permit
-        except BaseException as error:
-            if not isinstance(error, ServiceError) or error.refundable:
-                self.refund(permit)
+            refund = False
+        except ServiceError as error:
+            refund = error.refundable
             raise
+        finally:
+            self._leases.release(permit, self.clock(), refund=refund)
+            self._nudge()
+            if not refund:
+                self._add_usage(permit.wallet, requests=1, tokens=permit.tokens)
 
     def settle(self, permit: Permit, *, tokens: int) -> None:
         """The true count is known: charge or give back the difference."""
-        self._give_back(permit, requests=0, tokens=permit.tokens - tokens)
+        self._leases.settle(permit, tokens, self.clock())
 
-    def refund(self, permit: Permit) -> None:
-        """Nothing was done for it (shed, or a fault of ours): give all of it back."""
-        self._give_back(permit, requests=1, tokens=permit.tokens)
+    def rates(self, caller: Caller, klass: Klass) -> Sequence[Rate]:
+        """What is left of every limit of the class."""
+        now, month_left_s = self.clock(), max(self._month_ends - self.wall(), 0.0)
+        accounts = self._leases.wallets.find(caller, klass).accounts
+        return [account.rate(now, month_left_s) for account in accounts]
 
-    def _give_back(self, permit: Permit, *, requests: int, tokens: int) -> None:
-        limits = self._dimensions[permit.caller.tier, permit.klass]
-        for limit, units, mark in zip(limits, (requests, tokens), permit.marks, strict=True):
-            self._gcra.give_back(permit.caller.tenant, limit, units, mark=mark)
+    async def _admit(self, caller: Caller, klass: Klass, tokens: int, param: str) -> Permit:
+        if self.wall() >= self._turns_at:
+            self._turn()
+        wallet = self._leases.wallets.find(caller, klass)
+        for account in wallet.months:
+            if account.free is None:
+                await self._recall(wallet)
+                break
+        answer = self._leases.charge(wallet, tokens, self.clock())
+        if isinstance(answer, Ask):
+            answer = await self._answered(answer)
+        self._nudge()
+        if isinstance(answer, Permit):
+            if answer.share is not None:
+                self.tally.local_grants += 1
+            return answer
+        self._refuse(wallet, answer)
+        limit = answer.limit
+        if limit.unit == "tokens" and tokens > limit.burst:
+            raise BadInput(
+                f"The request has {tokens} tokens; {limit.name} allows {limit.burst:.0f} at once.",
+                param=param,
+                code="tokens_exceed_quota",
+            )
+        raise _exceeded(answer)
 
-    def rates(self, caller: Caller, klass: Klass, now: float) -> dict[str, Rate]:
-        """What is left, under the names `requests` and `tokens`."""
-        requests, per_token = self._dimensions[caller.tier, klass]
-        return {
-            "requests": self._gcra.rate(caller.tenant, requests, now),
-            "tokens": self._gcra.rate(caller.tenant, per_token, now),
-        }
+    async def _answered(self, ask: Ask) -> Permit | Refusal:
+        """Wait for the Ledger, but not for long."""
+        future = self._futures[ask] = asyncio.get_running_loop().create_future()
+        self._wake.set()
+        try:
+            async with asyncio.timeout(self.settings.timeout_s):
+                await future
+        except TimeoutError:
+            if ask.answer is None:
+                self._fail()
+        except BaseException:
+            if isinstance(ask.answer, Permit):
+                self._leases.release(ask.answer, self.clock(), refund=True)
+            elif ask.answer is None:
+                self._leases.abandon(ask)
+            raise
+        finally:
+            del self._futures[ask]
+        assert ask.answer is not None, "an ask is answered when its future is"  # noqa: S101
+        return ask.answer
+
+    async def _recall(self, wallet: Wallet) -> None:
+        """Learn from the Store what was used this month, before the Ledger is asked for the first
+        time: it may have begun later. Without the Store the Ledger's word alone counts.
+        """
+        lock = self._recalls.setdefault(wallet.tenant, asyncio.Lock())
+        async with lock:
+            unknown = [account for account in wallet.months if account.free is None]
+            if unknown and self.clock() >= self._recall_at:
+                try:
+                    async with asyncio.timeout(self.settings.timeout_s):
+                        rows = await self.usage.month_usage(wallet.tenant, self._month)
+                except (ServiceError, TimeoutError):
+                    self._recall_at = self.clock() + self.settings.retry_s
+                else:
+                    for account in unknown:
+                        used = _used(account, wallet, rows)
+                        account.learn(account.limit.burst - used, self.clock())
+        self._recalls.pop(wallet.tenant, None)
+
+    def _nudge(self) -> None:
+        if self._leases.urgent:
+            self._wake.set()
+
+    def _refuse(self, wallet: Wallet, refusal: Refusal) -> None:
+        self.tally.refused[refusal.limit.name] += 1
+        self._add_usage(wallet, refused=1)
+
+    def _add_usage(
+        self, wallet: Wallet, *, requests: int = 0, tokens: int = 0, refused: int = 0
+    ) -> None:
+        self._count.count(
+            wallet.tenant,
+            wallet.key,
+            wallet.klass,
+            requests=requests,
+            tokens=tokens,
+            refused=refused,
+        )
+
+    # --- in the background ---------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Exchange with the Ledger and report usage to the Store, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._exchange_always())
+            tasks.create_task(self._report_always())
+
+    async def close(self) -> None:
+        """Give everything back and report the last usage, after `run` has ended."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.settings.timeout_s):
+                if await self._exchange():
+                    self._leases.drain()
+                    await self._exchange()
+                while await self._report():
+                    pass
+
+    async def _exchange_always(self) -> None:
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.settings.tick_s):
+                    await self._wake.wait()
+            self._wake.clear()
+            if self.wall() >= self._turns_at:
+                self._turn()
+            if not await self._exchange():
+                await asyncio.sleep(self.settings.retry_s)
+
+    async def _exchange(self) -> bool:
+        """One exchange, if one is due; false when the Ledger did not answer."""
+        sent = self._leases.due(self.clock())
+        if sent is None:
+            return True
+        try:
+            async with asyncio.timeout(self.settings.timeout_s):
+                grants = await self.ledger.exchange(
+                    f"{self._life}-{sent.number}", self.replica, sent.returns, sent.draws
+                )
+            was_away = self.away
+            self._leases.apply(sent, grants, self.clock())
+        except (ServiceError, TimeoutError) as error:
+            self._fail(error)
+            return False
+        except Exception:  # the rim of this task: whatever goes wrong, requests must be answered
+            log.exception("an exchange with the ledger failed")
+            self._fail()
+            return False
+        self.tally.exchanges += 1
+        if was_away:
+            log.info("the ledger is back")
+        self._resolve(sent.asks)
+        return True
+
+    def _fail(self, error: BaseException | None = None) -> None:
+        """The Ledger did not answer: those who wait for it are answered by the local share."""
+        self.tally.failures += 1
+        if not self.away:
+            log.warning("the ledger is away, the local share of the limits holds: %r", error)
+        self._resolve(self._leases.failed(self.clock()))
+
+    def _resolve(self, asks: Sequence[Ask]) -> None:
+        for ask in asks:
+            future = self._futures.get(ask)
+            if future is not None and not future.done():
+                future.set_result(None)
+
+    async def _report_always(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.usage_flush_s)
+            while await self._report():
+                pass
+
+    async def _report(self) -> bool:
+        """Report some usage; false when there is none or the Store did not take it."""
+        report = self._count.due()
+        if report is None:
+            return False
+        try:
+            await self.usage.report_usage(report.session, report.rows)
+        except ServiceError as error:
+            log.warning("usage is reported later: %s", error)
+            return False
+        except Exception:  # the rim of this task: it must go on
+            log.exception("usage could not be reported")
+            return False
+        self._count.done(report)
+        return True
+
+    def _turn(self) -> None:
+        """A day has ended, and perhaps a month."""
+        at = self.wall()
+        day = day_of(at)
+        self._turns_at = _next_day(at)
+        self._count.turn(day)
+        if day[:7] != self._month:
+            self._month = day[:7]
+            self._month_ends = month_ends(at)
+            self._leases.roll(self._month, self.clock())
+
+
+def _next_day(at: float) -> float:
+    return (at // DAY_S + 1) * DAY_S
+
+
+def _used(account: Account, wallet: Wallet, rows: Sequence[UsageRow]) -> int:
+    """Tokens of a month by the owner of a limit: the tenant, or the wallet's key."""
+    whole = account.limit.owner.startswith("t/")
+    return sum(row.tokens for row in rows if whole or row.key == wallet.key)
+
+
+def _exceeded(refusal: Refusal) -> QuotaExceeded:
+    limit, wait_s = refusal.limit, refusal.wait_s
+    if limit.kind == "rate":
+        what = (
+            f"{limit.burst:g} at once, {SECONDS_PER_MINUTE / limit.interval_s:g} a minute. "
+            f"Try again in {wait_s:.3g} s."
+        )
+    elif limit.kind == "level":
+        what = f"{limit.burst:g} at a time. Try again in {wait_s:.3g} s."
+    else:
+        what = f"{limit.burst:g} in a calendar month (UTC) are used up."
+    return QuotaExceeded(
+        f"Rate limit reached for {limit.name}: {what}",
+        code=limit.name,
+        retry_after_s=wait_s if math.isfinite(wait_s) else None,
+    )

@@ -1,18 +1,29 @@
 """The FastAPI application. Built on the replica by a function, so nothing of it is pickled."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from serve.api import collections, documents, embeddings, health, models, search
+from serve.api import admin, collections, documents, embeddings, health, models, search, usage
 from serve.api.envelope import Envelope
+from serve.api.gate import Charged, Gate
 from serve.api.openapi import describe
 from serve.api.problems import respond
 from serve.api.service import Service
 from serve.errors import BadInput, Internal, MethodNotAllowed, NotFound, ServiceError
+from serve.records import Klass
 
+
+CHARGED: tuple[tuple[APIRouter, Klass], ...] = (
+    (embeddings.router, "interactive"),
+    (search.router, "interactive"),
+    (documents.router, "bulk"),
+    (collections.router, "interactive"),
+)
+FREE = (health.router, models.router, usage.router, admin.router)
 
 log = logging.getLogger("headrace.api")
 
@@ -31,13 +42,21 @@ def create_app(service: Callable[[], Service], *, id_echoed: bool = False) -> Fa
         generate_unique_id_function=lambda route: route.name,
     )
     app.state.service = service
-    for module in (health, embeddings, models, collections, documents, search):
-        app.include_router(module.router)
-    app.add_middleware(Envelope, service=service, id_echoed=id_echoed)
+    for router in (*(router for router, _ in CHARGED), *FREE):
+        app.include_router(router)
+    app.add_middleware(Gate, service=service, charged=list(_charged()))
+    app.add_middleware(Envelope, service=service, id_echoed=id_echoed)  # the last one is outermost
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(HTTPException, _http_error)
     describe(app)
     return app
+
+
+def _charged() -> Iterator[Charged]:
+    for router, klass in CHARGED:
+        for route in router.routes:
+            if isinstance(route, APIRoute):
+                yield frozenset(route.methods or ()), route.path_regex, klass
 
 
 async def _service_error(request: Request, error: Exception) -> Response:
@@ -45,7 +64,7 @@ async def _service_error(request: Request, error: Exception) -> Response:
         raise error
     if isinstance(error, Internal):
         log.error("request %s: %s", request.state.request_id, error)
-    return respond(error, request.scope["path"])
+    return respond(error, request.scope)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -59,4 +78,4 @@ async def _http_error(request: Request, error: Exception) -> Response:
         failure = MethodNotAllowed(f"{request.method[:16]} is not supported here.")
     else:
         failure = BadInput("The request is not valid.")
-    return respond(failure, request.scope["path"], error.headers)
+    return respond(failure, request.scope, error.headers)

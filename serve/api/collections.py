@@ -2,10 +2,10 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 from pydantic import Field
 
-from serve.api.service import Served, Who
+from serve.api.service import Asked
 from serve.api.shapes import CollectionDeleted, CollectionList, CollectionShown
 from serve.api.wire import Body, documented, read, reply
 from serve.records import Collection
@@ -27,32 +27,32 @@ class CollectionBody(Body):
     openapi_extra=documented(CollectionBody),
     responses={201: {"model": CollectionShown}},
 )
-async def create_collection(request: Request, service: Served, who: Who) -> Response:
+async def create_collection(ask: Asked) -> Response:
     """Make a collection; it keeps one model revision for life."""
-    body = await read(request, CollectionBody)
-    made = await service.collections.create(who, body.name, body.model)
+    body = await read(ask.request, CollectionBody)
+    made = await ask.service.collections.create(ask.who, body.name, body.model)
     return reply(shown(made), 201, {"location": f"/v1/collections/{made.name}"})
 
 
 @router.get("/v1/collections", responses={200: {"model": CollectionList}})
-async def list_collections(service: Served, who: Who) -> Response:
+async def list_collections(ask: Asked) -> Response:
     """The caller's collections, by name."""
-    mine = await service.collections.list(who)
+    mine = await ask.service.collections.list(ask.who)
     return reply({"object": "list", "data": [shown(collection) for collection in mine]})
 
 
 @router.get("/v1/collections/{name}", responses={200: {"model": CollectionShown}})
-async def one_collection(name: str, service: Served, who: Who) -> Response:
+async def one_collection(name: str, ask: Asked) -> Response:
     """One collection, with the number of records in it."""
-    collection = await service.collections.show(who, name)
-    records = await service.search.count(collection)
+    collection = await ask.service.collections.show(ask.who, name)
+    records = await ask.service.search.count(collection)
     return reply({**shown(collection), "records": records})
 
 
 @router.delete("/v1/collections/{name}", responses={200: {"model": CollectionDeleted}})
-async def delete_collection(name: str, service: Served, who: Who) -> Response:
+async def delete_collection(name: str, ask: Asked) -> Response:
     """Remove a collection with everything in it."""
-    gone = await service.collections.delete(who, name)
+    gone = await ask.service.collections.delete(ask.who, name)
     return reply({"object": "collection", "name": gone.name, "deleted": True})
 
 

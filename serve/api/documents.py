@@ -2,17 +2,17 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 from pydantic import Field
 from pydantic.config import JsonDict
 
 from serve.api.problems import problem_body
-from serve.api.service import RequestId, Served, Who
+from serve.api.service import DEADLINE_PARAMETER, Asked
 from serve.api.shapes import DocumentsDeleted, DocumentsWritten
 from serve.api.wire import Body, documented, read, reply
 from serve.content.documents import Document
 from serve.errors import BadInput
-from serve.flows.ingest import DocumentResult
+from serve.flows.landing import DocumentResult
 
 
 router = APIRouter()
@@ -40,11 +40,15 @@ class DocumentBody(Body):
 
 
 class DocumentsBody(Body):
-    """Documents to write: a document of the same id is replaced."""
+    """Documents to write: a document of the same id is replaced.
+
+    `priority` orders the tenant's own bulk work, higher first, and nobody else's.
+    """
 
     documents: Annotated[
         list[DocumentBody], Field(fail_fast=True, min_length=1, max_length=LIST_MAX)
     ]
+    priority: Annotated[int, Field(ge=0, le=100)] = 50
 
 
 class DeleteBody(Body):
@@ -58,43 +62,43 @@ class DeleteBody(Body):
 
 @router.post(
     "/v1/collections/{name}/documents",
-    openapi_extra=documented(DocumentsBody),
+    openapi_extra=documented(DocumentsBody, DEADLINE_PARAMETER),
     responses={200: {"model": DocumentsWritten}, 207: {"model": DocumentsWritten}},
 )
-async def write_documents(
-    name: str, request: Request, service: Served, who: Who, request_id: RequestId
-) -> Response:
+async def write_documents(name: str, ask: Asked) -> Response:
     """Chunk, embed and index documents; answered when they can be searched.
 
     200 when all were written, 207 when some failed: each document has its own status.
     """
-    request.state.klass = "bulk"
-    body = await read(request, DocumentsBody)
+    body = await read(ask.request, DocumentsBody)
     documents = [Document(one.id, one.text, one.metadata) for one in body.documents]
-    results = await service.ingest.write(who, name, documents, request_id)
-    failed = sum(result.status == "failed" for result in results)
+    written = await ask.service.ingest.write(
+        ask.who, name, documents, ask.id, until=ask.until, priority=body.priority
+    )
+    ask.timed(written.timing)
+    failed = sum(result.status == "failed" for result in written.results)
     answer = {
         "object": "list",
-        "data": [_shown(result) for result in results],
+        "data": [_shown(result) for result in written.results],
         "failed": failed,
-        "usage": {"total_tokens": sum(result.tokens for result in results)},
+        "usage": {"total_tokens": sum(result.tokens for result in written.results)},
     }
     return reply(answer, 207 if failed else 200)
 
 
 @router.delete(
     "/v1/collections/{name}/documents",
-    openapi_extra=documented(DeleteBody),
+    openapi_extra=documented(DeleteBody, DEADLINE_PARAMETER),
     responses={200: {"model": DocumentsDeleted}},
 )
-async def delete_documents(name: str, request: Request, service: Served, who: Who) -> Response:
+async def delete_documents(name: str, ask: Asked) -> Response:
     """Delete documents by id; one that does not exist is `absent`."""
-    request.state.klass = "bulk"
-    body = await read(request, DeleteBody)
-    ids_max = service.context.settings.limits.documents_max
+    body = await read(ask.request, DeleteBody)
+    ids_max = ask.service.context.settings.limits.documents_max
     if len(body.ids) > ids_max:
         raise BadInput(f"At most {ids_max} ids are allowed.", param="ids")
-    results = await service.ingest.delete(who, name, list(dict.fromkeys(body.ids)))
+    ids = list(dict.fromkeys(body.ids))
+    results = await ask.service.ingest.delete(ask.who, name, ids, until=ask.until)
     return reply({"object": "list", "data": [_shown(result) for result in results]})
 
 

@@ -4,9 +4,9 @@ import base64
 from typing import Any, cast, get_args
 
 import numpy as np
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 
-from serve.api.service import RequestId, Served, Who
+from serve.api.service import DEADLINE_PARAMETER, Asked
 from serve.api.shapes import EmbeddingList
 from serve.api.wire import read_json, reply, required_body
 from serve.config import Limits
@@ -51,21 +51,22 @@ SCHEMA: dict[str, Any] = {
 
 @router.post(
     "/v1/embeddings",
-    openapi_extra=required_body(SCHEMA),
+    openapi_extra=required_body(SCHEMA, DEADLINE_PARAMETER),
     responses={200: {"model": EmbeddingList}},
 )
-async def embeddings(
-    request: Request, service: Served, who: Who, request_id: RequestId
-) -> Response:
+async def embeddings(ask: Asked) -> Response:
     """Embed texts or token ids; vectors come back in input order, of unit length."""
-    body = await read_json(request)
-    limits = service.context.settings.limits
+    body = await read_json(ask.request)
+    limits = ask.service.context.settings.limits
     if limits.unknown_fields == "refuse" and (unknown := body.keys() - KNOWN):
         field = min(unknown)[:64]
         raise BadInput(f"Unknown field {field!r}.", param=field)
     encoding = _choice(body, "encoding_format", ("float", "base64"), "float")
-    done = await service.embed.embed(who, parse(body, limits), request_id)
-    return reply(_answer(done, encoding, body["model"]), headers=_cut_headers(done))
+    wanted = parse(body, limits)
+    done = await ask.service.embed.embed(ask.who, wanted, ask.id, until=ask.until)
+    ask.timed(done.timing)
+    headers = {"x-truncated-inputs": str(len(done.cuts))} if done.cuts else None
+    return reply(_answer(done, encoding, body["model"]), headers=headers)
 
 
 def parse(body: dict[str, Any], limits: Limits) -> EmbedRequest:
@@ -145,13 +146,3 @@ def _answer(done: Embedded, encoding: str, model: str) -> dict[str, Any]:
             {"index": cut.index, "tokens": cut.tokens, "used": cut.used} for cut in done.cuts
         ]
     return answer
-
-
-def _cut_headers(done: Embedded) -> dict[str, str]:
-    headers = {
-        "x-queue-time": f"{done.queue_ms:.1f}",
-        "x-inference-time": f"{done.infer_ms:.1f}",
-    }
-    if done.cuts:
-        headers["x-truncated-inputs"] = str(len(done.cuts))
-    return headers

@@ -4,7 +4,7 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
-from serve.api.service import Served, Who
+from serve.api.service import Asked
 from serve.api.shapes import ModelList, ModelShown
 from serve.api.wire import reply
 from serve.flows import models
@@ -14,16 +14,16 @@ router = APIRouter()
 
 
 @router.get("/v1/models", responses={200: {"model": ModelList}})
-async def list_models(service: Served, _who: Who) -> Response:
+async def list_models(ask: Asked) -> Response:
     """Every served model."""
-    data = [_shown(served) for served in service.context.models]
+    data = [_shown(served) for served in ask.service.context.models]
     return reply({"object": "list", "data": data})
 
 
 @router.get("/v1/models/{model_id:path}", responses={200: {"model": ModelShown}})
-async def one_model(model_id: str, service: Served, _who: Who) -> Response:
+async def one_model(model_id: str, ask: Asked) -> Response:
     """One model; ids may contain slashes."""
-    return reply(_shown(service.context.models.find(model_id)))
+    return reply(_shown(ask.service.context.models.find(model_id)))
 
 
 def _shown(served: models.Served) -> dict[str, Any]:

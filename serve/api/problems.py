@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 import orjson
 from fastapi import Response
+from starlette.types import Scope
 
 from serve.errors import (
     BadInput,
@@ -17,6 +18,7 @@ from serve.errors import (
     Forbidden,
     IndexUnavailable,
     Internal,
+    LedgerUnavailable,
     MethodNotAllowed,
     ModelUnavailable,
     NotFound,
@@ -56,6 +58,7 @@ TABLE: dict[type[ServiceError], Row] = {
     ModelUnavailable: Row("server_error", "The model is not available"),
     IndexUnavailable: Row("server_error", "The index is not available"),
     StoreUnavailable: Row("server_error", "The store is not available"),
+    LedgerUnavailable: Row("server_error", "The ledger is not available"),
     DeadlineExceeded: Row("server_error", "The deadline passed"),
     Fenced: Row("server_error", "Another writer took over"),
     Internal: Row("server_error", "Internal error"),
@@ -115,11 +118,19 @@ def retry_headers(error: ServiceError) -> dict[str, str]:
     return {}
 
 
-def respond(error: ServiceError, path: str, headers: Mapping[str, str] | None = None) -> Response:
-    """The reply for a failure on a route; `path` tells in which of the two shapes."""
+def respond(
+    error: ServiceError, scope: Scope, headers: Mapping[str, str] | None = None
+) -> Response:
+    """The reply for a failure; the request's path tells in which of the two shapes.
+
+    Notes a quota's name for the rate headers.
+    """
+    path: str = scope["path"]
     headers = {**(headers or {}), **retry_headers(error)}
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
+    if isinstance(error, QuotaExceeded):
+        scope["state"]["violated"] = error.code
     if path.startswith(OPENAI_PATHS):
         body, media = openai_body(error), "application/json"
     else:

@@ -2,10 +2,10 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 from pydantic import ConfigDict, Field
 
-from serve.api.service import RequestId, Served, Who
+from serve.api.service import DEADLINE_PARAMETER, Asked
 from serve.api.shapes import SearchList
 from serve.api.wire import Body, documented, read, reply
 from serve.errors import BadInput
@@ -36,18 +36,17 @@ class SearchBody(Body):
 
 @router.post(
     "/v1/collections/{name}/search",
-    openapi_extra=documented(SearchBody),
+    openapi_extra=documented(SearchBody, DEADLINE_PARAMETER),
     responses={200: {"model": SearchList}},
 )
-async def search(
-    name: str, request: Request, service: Served, who: Who, request_id: RequestId
-) -> Response:
+async def search(name: str, ask: Asked) -> Response:
     """The nearest chunks, best first, with score, text and offsets."""
-    body = await read(request, SearchBody)
+    body = await read(ask.request, SearchBody)
     if (body.text is None) == (body.vector is None):
         raise BadInput("Send exactly one of text and vector.", param="text")
     wanted = SearchRequest(body.text, body.vector, body.top_k, body.filter)
-    found = await service.search.search(who, name, wanted, request_id)
+    found = await ask.service.search.search(ask.who, name, wanted, ask.id, until=ask.until)
+    ask.timed(found.timing)
     return reply(
         {
             "object": "list",

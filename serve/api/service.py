@@ -1,18 +1,25 @@
-"""What the routes need of one ingress replica, and how they reach it."""
+"""What the routes need of one ingress replica, and how they reach it.
 
+The dependencies are coroutines, because a plain function would cost each request a trip to a thread
+(0.4 ms), and a route has one of them, because FastAPI takes 50 us for each.
+"""
+
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
-from fastapi import Depends, Request, Security
-from fastapi.security import HTTPBearer
+from fastapi import Depends, Request
 
-from serve.admission.keys import Door
+from serve.admission.keys import Door, parse, require_admin
+from serve.errors import BadInput
 from serve.flows.collections import CollectionFlow
-from serve.flows.context import Context
+from serve.flows.context import Context, Timing
 from serve.flows.embed import EmbedFlow
 from serve.flows.ingest import IngestFlow
+from serve.flows.operators import OperatorFlow
 from serve.flows.search import SearchFlow
+from serve.flows.usage import UsageFlow
 from serve.records import Caller
 
 
@@ -26,30 +33,81 @@ class Service:
     collections: CollectionFlow
     ingest: IngestFlow
     search: SearchFlow
+    operators: OperatorFlow
+    usage: UsageFlow
     ready: Callable[[], Awaitable[Mapping[str, bool]]]
 
 
-# Shown in OpenAPI only: `Door` reads the header, so that every refusal is one of our errors.
-BEARER = HTTPBearer(auto_error=False, bearerFormat="hr_ID_SECRET", description="Your API key.")
+DEADLINE = "x-deadline-ms"
+DEADLINE_PARAMETER: dict[str, Any] = {
+    "name": DEADLINE,
+    "in": "header",
+    "required": False,
+    "description": "Milliseconds from the arrival of the request after which its answer is not "
+    "wanted any more; at most `limits.deadline_s_max`.",
+    "schema": {"type": "integer", "minimum": 1, "maximum": 3_600_000},
+}
+_MILLISECONDS = re.compile(r"[0-9]{1,9}")
 
 
-def service(request: Request) -> Service:
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A request whose caller is known."""
+
+    request: Request
+    service: Service
+    who: Caller
+
+    @property
+    def id(self) -> str:
+        """The id that the reply carries and the log shows."""
+        return cast("str", self.request.scope["state"]["request_id"])
+
+    @property
+    def until(self) -> float | None:
+        """When the client wants to have its answer, on the service's clock. Raises BadInput."""
+        text = self.request.headers.get(DEADLINE)
+        if text is None:
+            return None
+        most = int(self.service.context.settings.limits.deadline_s_max * 1e3)
+        if not _MILLISECONDS.fullmatch(text) or not 1 <= int(text) <= most:
+            raise BadInput(f"{DEADLINE} must be an integer from 1 to {most}.", param=DEADLINE)
+        return cast("float", self.request.scope["state"]["arrived"]) + int(text) / 1e3
+
+    def timed(self, timing: Timing) -> None:
+        """Note how long the parts of the work took, for the headers of the reply."""
+        self.request.scope["state"]["timing"] = timing
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A request of an operator; `by` is what the audit log calls them."""
+
+    request: Request
+    operators: OperatorFlow
+    by: str
+
+
+async def service(request: Request) -> Service:
     """The replica's service."""
     return cast("Callable[[], Service]", request.app.state.service)()
 
 
-async def caller(request: Request, _: Annotated[object, Security(BEARER)]) -> Caller:
+async def ask(request: Request) -> Ask:
     """Who is asking; also notes it for the rate headers. Raises Unauthorized."""
-    who = await service(request).door.caller(request.headers.get("authorization"))
-    request.state.caller = who
-    return who
+    found, state = await service(request), request.scope["state"]
+    if "caller" not in state:  # `Gate` has let everybody in who comes to a charged route
+        state["caller"] = await found.door.caller(request.headers.get("authorization"))
+    return Ask(request, found, state["caller"])
 
 
-def request_id(request: Request) -> str:
-    """The id that the reply carries and the log shows."""
-    return cast("str", request.state.request_id)
+async def order(ask: Annotated[Ask, Depends(ask)]) -> Order:
+    """What an operator asks. Raises Unauthorized, Forbidden."""
+    require_admin(ask.who)
+    key_id, _ = parse(ask.request.headers.get("authorization"))
+    return Order(ask.request, ask.service.operators, f"key:{key_id}")
 
 
 Served = Annotated[Service, Depends(service)]
-Who = Annotated[Caller, Depends(caller)]
-RequestId = Annotated[str, Depends(request_id)]
+Asked = Annotated[Ask, Depends(ask)]
+Ordered = Annotated[Order, Depends(order)]

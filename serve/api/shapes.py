@@ -172,6 +172,153 @@ class SearchList(Shape):
     usage: Usage
 
 
+class UsageRowShown(Shape):
+    """What one key's family used at one class: admitted and not refunded, and refused."""
+
+    key: str
+    klass: Literal["interactive", "bulk"] = Field(alias="class")
+    requests: int
+    tokens: int
+    refused: int
+
+
+class LimitShown(Shape):
+    """A limit and what is left of it.
+
+    A `rate` lets `limit` units come at once and `per_minute` more each minute; a `level` is held
+    while work is under way; a `month` is a calendar month (UTC).
+    """
+
+    name: str
+    kind: Literal["rate", "level", "month"]
+    unit: Literal["requests", "tokens"]
+    limit: int
+    per_minute: float | None
+    remaining: int
+    reset_s: float | None
+
+
+class LimitsShown(Shape):
+    """Limits by class, the tenant's and the key's."""
+
+    interactive: list[LimitShown]
+    bulk: list[LimitShown]
+
+
+class UsageShown(Shape):
+    """The tenant's usage of a month by key and class, and its limits of now."""
+
+    object: Literal["usage"]
+    tenant: str
+    tier: str
+    weight: float
+    month: str
+    data: list[UsageRowShown]
+    limits: LimitsShown
+
+
+class WaitingShown(Shape):
+    """What waits of a tenant: tokens are corrected per model, times are predictions."""
+
+    items: int
+    tokens: float
+    share: float
+    ahead_tokens: float
+    starts_s: float
+    ends_s: float
+    oldest_s: float
+    effective_priority: float
+
+
+class ClassesWaiting(Shape):
+    """By class; absent where nothing waits."""
+
+    interactive: WaitingShown | None = None
+    bulk: WaitingShown | None = None
+
+
+class QueueShown(Shape):
+    """What the tenant has waiting, and why. `waiting` is null when nothing does."""
+
+    object: Literal["queue"]
+    why: str
+    waiting: WaitingShown | None
+    classes: ClassesWaiting
+    everyone_tokens: float
+
+
+class KeyShown(Shape):
+    """A key without its secret. Times are seconds since 1970."""
+
+    object: Literal["key"]
+    id: str
+    family: str
+    tenant: str
+    tier: str
+    role: Literal["user", "admin"]
+    name: str
+    limits: dict[str, Any]
+    created: int
+    expires: int | None
+
+
+class KeyMade(KeyShown):
+    """A new key with its secret, which is shown this once."""
+
+    secret: str
+
+
+class KeyList(Shape):
+    """Live keys."""
+
+    object: Literal["list"]
+    data: list[KeyShown]
+
+
+class KeyRevoked(Shape):
+    """A key that is gone."""
+
+    object: Literal["key"]
+    id: str
+    revoked: Literal[True]
+
+
+class TenantShown(Shape):
+    """A tenant, and what it has instead of its tier's limits."""
+
+    object: Literal["tenant"]
+    tenant: str
+    tier: str
+    limits: dict[str, Any]
+    created: int
+
+
+class TenantList(Shape):
+    """Tenants, by name."""
+
+    object: Literal["list"]
+    data: list[TenantShown]
+
+
+class AuditShown(Shape):
+    """One change: `detail` holds what is `new` and what was `old`."""
+
+    number: int
+    at: float
+    by: str
+    action: str
+    tenant: str
+    subject: str
+    detail: dict[str, Any]
+
+
+class AuditList(Shape):
+    """Changes, newest first."""
+
+    object: Literal["list"]
+    data: list[AuditShown]
+
+
 class Health(Shape):
     """`parts` is there for readiness: name -> usable."""
 

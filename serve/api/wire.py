@@ -1,5 +1,6 @@
 """Reading bodies, writing replies: what all routes share."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -7,7 +8,6 @@ import orjson
 from fastapi import Request, Response
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from serve.admission.quotas import Rate
 from serve.errors import BadInput
 
 
@@ -15,6 +15,8 @@ M = TypeVar("M", bound=BaseModel)
 
 DETAIL_CHARS_MAX = 300
 """Of a validation message, and of a field's path: both may quote what was sent."""
+
+_WHOLE = re.compile(r"[0-9]{1,15}")
 
 REF = "#/components/schemas/{model}"
 
@@ -57,6 +59,16 @@ async def read(request: Request, model: type[M]) -> M:
         raise BadInput(f"{param}: {first['msg']}"[:DETAIL_CHARS_MAX], param=param) from None
 
 
+def number(request: Request, name: str) -> int | None:
+    """A query parameter that is a whole number, where it is given. Raises BadInput."""
+    text = request.query_params.get(name)
+    if text is None:
+        return None
+    if not _WHOLE.fullmatch(text):
+        raise BadInput(f"{name} must be a whole number.", param=name)
+    return int(text)
+
+
 def path(loc: Sequence[int | str]) -> str:
     """`("documents", 3, "text")` as `documents[3].text`."""
     text = ""
@@ -71,34 +83,28 @@ def reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = Non
     return Response(content, status, dict(headers or {}), "application/json")
 
 
-def duration(seconds: float) -> str:
-    """A duration as OpenAI writes it: `12ms`, `1s`, `6m0s`, `1h2m3s`."""
-    ms = round(seconds * 1e3)
-    if ms < 1000:  # noqa: PLR2004  a second
-        return f"{ms}ms"
-    whole = -(-ms // 1000)
-    hours, rest = divmod(whole, 3600)
-    minutes, secs = divmod(rest, 60)
-    if hours:
-        return f"{hours}h{minutes}m{secs}s"
-    return f"{minutes}m{secs}s" if minutes else f"{secs}s"
-
-
-def rate_headers(rates: Mapping[str, Rate]) -> dict[str, str]:
-    """OpenAI's `x-ratelimit-*`."""
-    headers: dict[str, str] = {}
-    for word, rate in rates.items():
-        headers[f"x-ratelimit-limit-{word}"] = str(rate.limit)
-        headers[f"x-ratelimit-remaining-{word}"] = str(rate.remaining)
-        headers[f"x-ratelimit-reset-{word}"] = duration(rate.reset_s)
-    return headers
-
-
-def documented(model: type[BaseModel]) -> dict[str, Any]:
+def documented(model: type[BaseModel], *parameters: Mapping[str, Any]) -> dict[str, Any]:
     """`openapi_extra` of a route that reads its body itself; `openapi` adds the schema."""
-    return required_body({"$ref": REF.format(model=model.__name__)})
+    return required_body({"$ref": REF.format(model=model.__name__)}, *parameters)
 
 
-def required_body(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The same, of a schema written out."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+def required_body(schema: Mapping[str, Any], *parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, of a schema written out; `parameters` are headers that the route reads."""
+    body = {"required": True, "content": {"application/json": {"schema": schema}}}
+    return (
+        {"requestBody": body, "parameters": list(parameters)}
+        if parameters
+        else {"requestBody": body}
+    )
+
+
+def query(name: str, description: str, **bounds: int) -> dict[str, Any]:
+    """A query parameter in OpenAPI: a whole number where it has bounds, else a string."""
+    schema = {"type": "integer", **bounds} if bounds else {"type": "string"}
+    return {
+        "name": name,
+        "in": "query",
+        "required": False,
+        "description": description,
+        "schema": schema,
+    }

@@ -1,62 +1,35 @@
-"""From waiting calls to vectors: fair queue -> hand-out -> packed batches -> model.
+"""From waiting calls to vectors: fair queue -> hand-out -> planned batches -> model.
 
 One `Batcher` stands in each embedder replica, in front of one model slot. A hand-out is formed
 only when the model is free, so batches grow by themselves under load and nothing lingers when
-there is none. `deployments.embedder` owns its task and watches `healthy`.
+there is none. `deployments.embedder` owns its task and watches `healthy`; `recovery` runs batches.
 """
 
 import asyncio
-import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from typing import ParamSpec, Protocol, TypeVar
 
 import numpy as np
 
 from serve.admission.fairness import FairQueue
+from serve.admission.outlook import Place, places, tenants_waiting
 from serve.config import Admission, Batch
-from serve.embedding.guard import checked
-from serve.embedding.packing import Pace, pack, padded
+from serve.embedding.packing import Pace, Room, pack, padded, plan
 from serve.errors import (
     BadInput,
     DeadlineExceeded,
     Internal,
     ModelUnavailable,
     Overloaded,
-    PoisonInput,
     QuotaExceeded,
-    ServiceError,
 )
-from serve.flows.pending import Member, Pending, Slice, Tally
-from serve.ports import Engine
-from serve.records import EmbedCall, EmbedReply, Vector
+from serve.flows.pending import Member, Pending, Slice, Tally, tokens_of
+from serve.flows.recovery import Engines, Ran, Runner, gone
+from serve.records import EmbedCall, EmbedReply, QueuePlace, QueueReport
 
-
-log = logging.getLogger("headrace.batching")
 
 PROFILE_TOKENS = 1000
 """Models are compared, and the queue's pace is told, by a batch of this many padded tokens."""
-
-UNUSABLE = "The model returned no usable vector for this input."
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-class Engines(Protocol):
-    """The pool, as the batcher sees it."""
-
-    def engine(self, model_id: str) -> Engine:
-        """The loaded engine. Raises NotFound."""
-        ...
-
-    def warm_times(self, model_id: str) -> Sequence[tuple[int, float]]:
-        """(padded tokens, seconds) of its warm-up batches."""
-        ...
-
-    def probe(self, model_id: str) -> None:
-        """One forward pass on a known good input. Raises what the engine raises."""
-        ...
 
 
 class Batcher:
@@ -78,108 +51,140 @@ class Batcher:
     ) -> None:
         self._engines = engines
         self._batch = batch
-        self._executor = executor
         self._clock = clock
         self._queue: FairQueue[Slice] = FairQueue(
             {"interactive": admission.interactive_share, "bulk": admission.bulk_share}
         )
-        self._pace = {model: Pace.fit(engines.warm_times(model)) for model in models}
-        seconds = {model: pace.seconds(PROFILE_TOKENS) for model, pace in self._pace.items()}
+        self._paces = {model: Pace.fit(engines.warm_times(model)) for model in models}
+        seconds = {model: pace.seconds(PROFILE_TOKENS) for model, pace in self._paces.items()}
         self._dearness = {model: took / seconds[models[0]] for model, took in seconds.items()}
-        self._budget = batch.tokens_max
+        self._rate = Pace(overhead_s=0.0, token_s=seconds[models[0]] / PROFILE_TOKENS)
+        self._free_at = 0.0
         self._wake = asyncio.Event()
         self._calls: set[Pending] = set()
         self.healthy = True
         self.tally = Tally()
+        self._runner = Runner(
+            engines, self._paces, batch=batch, executor=executor, clock=clock, tally=self.tally
+        )
 
     # --- arriving -------------------------------------------------------------------------
 
     async def submit(self, call: EmbedCall) -> EmbedReply:
         """Wait for the call's vectors; cancelling this drops what has not started.
 
-        Raises NotFound, QuotaExceeded (the tenant's queue is full), Overloaded (the queue is, or
-        the predicted wait exceeds the deadline), DeadlineExceeded, ModelUnavailable.
+        Raises NotFound, BadInput (it exceeds a queue's cap by itself), QuotaExceeded (the tenant's
+        queue is full), Overloaded (the queue is, or the predicted wait exceeds the deadline),
+        DeadlineExceeded, ModelUnavailable.
         """
         engine = self._engines.engine(call.model)
         own_s = self._admit(call)
         now = self._clock()
+        patience_s = call.deadline_s + 2 * own_s  # 2: its share may shrink while it works
+        if call.limit_s is not None:
+            patience_s = min(patience_s, call.limit_s)
         pending = Pending(
             call,
             asyncio.get_running_loop().create_future(),
             arrived=now,
-            expires=now + call.deadline_s + 2 * own_s,  # 2: its share may shrink while it works
+            expires=now + patience_s,
             vectors=np.zeros((len(call.inputs), engine.dimensions), np.float32),
             left=len(call.inputs),
+            unbegun=len(call.inputs),
         )
         self._calls.add(pending)
         try:
             self._enqueue(pending)
             pending.finish(now)  # a call without inputs
+            self._watch(pending)
             return await pending.done
+        except DeadlineExceeded:
+            self.tally.expired += 1
+            raise
         finally:
             self._calls.discard(pending)
             self._withdraw(pending)
 
     def _admit(self, call: EmbedCall) -> float:
-        """Refuse what cannot be served in time; else the seconds of the call's own work.
-
-        A call above a cap may wait when nothing else does, for it could never pass otherwise.
-        """
+        """Refuse what cannot be served in time; else the seconds of the call's own work."""
         if not self.healthy:
-            raise _gone()
-        if len(call.tokens) != len(call.inputs):
-            raise Internal(f"{len(call.tokens)} token counts for {len(call.inputs)} inputs.")
-        queue = self._queue
-        cost = self._cost(call.model, sum(call.tokens), len(call.inputs))
-        cost_s = self._pace[call.model].seconds(PROFILE_TOKENS) / PROFILE_TOKENS
-        cost_s /= self._dearness[call.model]
-        wait_s = queue.ahead(call.klass, call.tenant, weight=call.weight) * cost_s
-        own = queue.backlog(call.tenant)
-        if own and own + cost > call.queued_tokens_max:
+            raise gone()
+        inputs = len(call.inputs)
+        if len(call.tokens) != inputs:
+            raise Internal(f"{len(call.tokens)} token counts for {inputs} inputs.")
+        queue, batch = self._queue, self._batch
+        cost = self._cost(call.model, sum(call.tokens), inputs)
+        tokens_max = min(batch.tenant_tokens_max, batch.queue_tokens_max)
+        items_max = min(batch.tenant_items_max, batch.queue_items_max)
+        if cost > tokens_max or inputs > items_max:
+            raise BadInput(
+                f"This is {cost:.0f} tokens of work in {inputs} inputs; at most {tokens_max} in "
+                f"{items_max} may wait.",
+                param="input",
+                code="tokens_exceed_queue",
+            )
+        ahead = queue.ahead(call.klass, call.tenant, weight=call.weight)
+        wait_s = self._busy_s() + self._rate.seconds(ahead)
+        retry_s = max(wait_s, 1)
+        own, own_items = queue.backlog(call.tenant), queue.backlog_items(call.tenant)
+        if own + cost > batch.tenant_tokens_max or own_items + inputs > batch.tenant_items_max:
             raise QuotaExceeded(
-                f"{own:.0f} of your tokens are waiting already; with {cost:.0f} more they would "
-                f"exceed the {call.queued_tokens_max} that may wait.",
-                code="queued_tokens",
-                retry_after_s=max(wait_s, 1),
+                f"{own:.0f} tokens of your work in {own_items} inputs wait already; this is "
+                f"{cost:.0f} more in {inputs}, and {batch.tenant_tokens_max} in "
+                f"{batch.tenant_items_max} may wait.",
+                code="queue_full",
+                retry_after_s=retry_s,
             )
-        items = queue.items + len(call.inputs)
-        full = queue.cost + cost > self._batch.queue_tokens_max
-        if queue.items and (full or items > self._batch.queue_items_max):
-            raise Overloaded("The queue is full.", retry_after_s=max(wait_s, 1))
-        if wait_s > call.deadline_s:
+        full = queue.cost + cost > batch.queue_tokens_max
+        if full or queue.items + inputs > batch.queue_items_max:
+            raise Overloaded("The queue is full.", retry_after_s=retry_s)
+        deadline_s = call.deadline_s if call.limit_s is None else min(call.deadline_s, call.limit_s)
+        if wait_s > max(deadline_s, 0):
             raise Overloaded(
-                f"The predicted wait of {wait_s:.1f} s exceeds the deadline of "
-                f"{call.deadline_s:g} s.",
-                retry_after_s=max(wait_s, 1),
+                f"The predicted wait of {wait_s:.1f} s exceeds the deadline of {deadline_s:g} s.",
+                retry_after_s=retry_s,
             )
-        return cost * cost_s / queue.share(call.klass, call.tenant, call.weight)
+        return self._rate.seconds(cost) / queue.share(call.klass, call.tenant, call.weight)
 
-    def _cost(self, model: str, tokens: int, inputs: int) -> float:
+    def _cost(self, model: str, tokens: int, inputs: int = 1) -> float:
         """Tokens and a fixed part per input, in tokens of the first model's device time."""
         overhead = self._batch.item_overhead_tokens * inputs
         return self._dearness[model] * max(tokens + overhead, 1)
 
     def _enqueue(self, pending: Pending) -> None:
-        """Cut a call into queue items of like length, each about one hand-out at most."""
+        """Cut a call into queue items of like length, each well below a hand-out."""
         call, batch = pending.call, self._batch
-        for group in pack(call.tokens, tokens_max=batch.tokens_min, items_max=batch.items_max):
+        tokens_max = min(batch.tokens_min, batch.tokens_max)
+        for group in pack(call.tokens, tokens_max=tokens_max, items_max=batch.items_max):
             tokens = sum(call.tokens[index] for index in group)
             entry = self._queue.push(
                 call.klass,
                 call.tenant,
                 weight=call.weight,
                 cost=self._cost(call.model, tokens, len(group)),
-                item=Slice(pending, tuple(group), tokens),
+                item=Slice(pending, tuple(group)),
                 count=len(group),
+                priority=call.priority,
             )
             pending.entries.append(entry)
         self._wake.set()
 
+    def _watch(self, pending: Pending) -> None:
+        """Answer a call as soon as it expires, unless all its work is done or at the model."""
+        left_s = pending.expires - self._clock()
+        if left_s > 0:
+            loop = asyncio.get_running_loop()
+            pending.timer = loop.call_later(left_s, self._watch, pending)
+        elif pending.unbegun:
+            pending.live(self._clock())
+
     def _withdraw(self, pending: Pending) -> None:
         """Whatever still waits of a call that ended is dropped and its cost given back."""
+        if pending.timer is not None:
+            pending.timer.cancel()
         for entry in pending.entries:
             if entry.waiting:
-                self.tally.dropped += 1
+                self.tally.dropped += entry.count
                 self._queue.cancel(entry)
 
     # --- the model's side -----------------------------------------------------------------
@@ -191,9 +196,9 @@ class Batcher:
         """
         try:
             while True:
-                members = self._hand_out()
-                if members:
-                    await self._serve(members)
+                slices = self._hand_out()
+                if slices:
+                    await self._serve(slices)
                 else:
                     self._wake.clear()
                     await self._wake.wait()
@@ -205,136 +210,91 @@ class Batcher:
         """Nothing will be served any more: say so to everyone who waits, and to the owner."""
         self.healthy = False
         for pending in self._calls:
-            pending.fail(_gone())
+            pending.fail(gone())
 
-    def _hand_out(self) -> list[Member]:
+    def _hand_out(self) -> list[Slice]:
         """Slices of one model in fair order, bounded in predicted milliseconds."""
-        model: str | None = None
-        room = items = 0
+        now = self._clock()
+        model = ""
+        room: Room | None = None
 
         def admits(part: Slice) -> bool:
-            nonlocal model, room, items
-            wanted = part.pending.call.model
-            if model is None:
-                model = wanted
-                in_time = self._pace[wanted].tokens_in(self._batch.target_ms / 1e3)
-                room, items = max(self._batch.tokens_min, in_time), self._batch.items_max
-            elif wanted != model or part.tokens > room or len(part.indices) > items:
-                return False
-            room -= part.tokens
-            items -= len(part.indices)
-            return True
+            nonlocal model, room
+            if room is None:
+                model = part.pending.call.model
+                room = self._room(model)
+            return part.pending.call.model == model and room.admits(part.tokens)
 
-        slices = self._queue.take(admits, self._live)
-        now = self._clock()
+        def live(part: Slice) -> bool:
+            alive = part.pending.live(now)
+            self.tally.dropped += 0 if alive else len(part.indices)
+            return alive
+
+        slices = self._queue.take(admits, live)
         for part in slices:
             if part.pending.started is None:
                 part.pending.started = now
-        return [(part.pending, index) for part in slices for index in part.indices]
+        return slices
 
-    def _live(self, part: Slice) -> bool:
-        """Departed callers are not; an expired call is answered and is not either."""
-        if not part.pending.done.done() and self._clock() <= part.pending.expires:
-            return True
-        part.pending.fail(DeadlineExceeded("The deadline passed while the work was waiting."))
-        self.tally.dropped += 1
-        return False
+    def _room(self, model: str) -> Room:
+        """A hand-out of the target's time, or of `tokens_min` where those take longer."""
+        pace, batch = self._paces[model], self._batch
+        return Room(
+            overhead=pace.overhead,
+            load_max=max(pace.load_in(batch.target_ms / 1e3), pace.overhead + batch.tokens_min),
+            tokens_max=self._runner.budget,
+            items_max=batch.items_max,
+        )
 
-    async def _serve(self, members: list[Member]) -> None:
-        tokens = [pending.call.tokens[index] for pending, index in members]
-        for batch in pack(tokens, tokens_max=self._budget, items_max=self._batch.items_max):
-            await self._embed([members[position] for position in batch])
-
-    async def _embed(self, members: list[Member], *, again: bool = False) -> None:
-        """One batch. `again`: its inputs have failed before, in company or alone."""
-        members = [(pending, index) for pending, index in members if not pending.done.done()]
-        if not members:
-            return
-        try:
-            vectors, bad = await self._forward(members)
-        except Exception as error:  # noqa: BLE001  a named rim: any runtime may raise anything
-            failure = error.with_traceback(None)  # its frames hold the batch's tensors
-        else:
-            await self._deliver(members, vectors, bad, again=again)
-            return
-        await self._recover(members, failure, again=again)
-
-    async def _deliver(
-        self, members: list[Member], vectors: Vector, bad: frozenset[int], *, again: bool
-    ) -> None:
-        """Hand rows to their calls; a row without a usable vector is tried once more, alone."""
-        now = self._clock()
-        for row, (pending, index) in enumerate(members):
-            if row not in bad:
-                pending.put(index, vectors[row])
-                pending.finish(now)
-        for row in sorted(bad):
-            if len(members) > 1:
-                await self._embed([members[row]], again=True)
-            else:
-                unusable = PoisonInput(UNUSABLE, code="vector_not_finite")
-                await self._recover(members, unusable, again=again)
-
-    async def _recover(self, members: list[Member], error: Exception, *, again: bool) -> None:
-        """Halve a failed batch and repeat it; find out who is at fault for a single input.
-
-        An input that fails alone is tried twice, then a known good one is: if that fails as
-        well, the model is broken and nobody's input is to blame.
-        """
-        log.warning("a batch of %d inputs failed: %r", len(members), error)
-        if len(members) > 1:
-            if _out_of_memory(error):
-                self._shrink(padded([pending.call.tokens[index] for pending, index in members]))
-            middle = len(members) // 2
-            await self._embed(members[:middle], again=True)
-            await self._embed(members[middle:], again=True)
-        elif isinstance(error, BadInput):
-            self._answer(members[0], error)
-        elif not again:
-            await self._embed(members, again=True)
-        elif await self._works(members[0][0].call.model):
-            self._answer(members[0], _blame(error))
-        else:
-            self._give_up()
-
-    def _shrink(self, tokens: int) -> None:
-        """A batch of that many padded tokens was too large for the device's memory."""
-        least = min(self._batch.tokens_min, self._batch.tokens_max)
-        self._budget = max(least, min(self._budget, tokens) // 2)
-
-    async def _works(self, model: str) -> bool:
-        """Whether the model still answers a known good input."""
-        loop = asyncio.get_running_loop()
-        try:
-            await loop.run_in_executor(self._executor, _called, self._engines.probe, model)
-        except Exception:
-            log.exception("model %s fails on its warm-up input", model)
-            return False
-        return True
-
-    def _answer(self, member: Member, error: ServiceError) -> None:
-        pending, index = member
-        self.tally.failed += 1
-        pending.put(index, error)
-        pending.finish(self._clock())
-
-    async def _forward(self, members: list[Member]) -> tuple[Vector, frozenset[int]]:
-        """Run the model in its thread. Returns the rows and those that are not usable."""
+    async def _serve(self, slices: Sequence[Slice]) -> None:
+        """Run a hand-out, the batch of the shortest inputs first: most callers wait least."""
+        members = [(part.pending, index) for part in slices for index in part.indices]
+        tokens = [tokens_of(member) for member in members]
         model = members[0][0].call.model
-        engine = self._engines.engine(model)
-        tokens = [pending.call.tokens[index] for pending, index in members]
-        inputs = [pending.call.inputs[index] for pending, index in members]
-        began = self._clock()
-        loop = asyncio.get_running_loop()
-        vectors, bad = await loop.run_in_executor(self._executor, _called, checked, engine, inputs)
-        took_s = self._clock() - began
-        self._pace[model].learn(padded(tokens), took_s)
-        self.tally.batches += 1
-        self.tally.inputs += len(members)
-        self.tally.tokens += sum(tokens)
-        self.tally.padded += padded(tokens)
-        self.tally.model_s += took_s
-        return vectors, bad
+        pace, began = self._paces[model], self._clock()
+        batches = plan(
+            tokens,
+            overhead=pace.overhead,
+            tokens_max=self._runner.budget,
+            items_max=self._batch.items_max,
+        )
+        sizes = [padded([tokens[position] for position in batch]) for batch in batches]
+        self._free_at = began + sum(pace.seconds(size) for size in sizes)
+        for batch in reversed(batches):
+            await self._run([members[position] for position in batch])
+        self._free_at = self._clock()
+        self.tally.handouts += 1
+        if self._queue.items:  # it was a full one, and says what the queue's cost takes
+            cost = self._cost(model, sum(tokens), len(tokens))
+            self._rate.learn(cost, self._free_at - began)
+
+    async def _run(self, members: list[Member]) -> None:
+        """One batch, of those who still wait for it; the rest is refunded."""
+        now = self._clock()
+        awaited = []
+        for member in members:
+            if member[0].live(now):
+                member[0].unbegun -= 1
+                awaited.append(member)
+            else:
+                self.tally.dropped += 1
+                self._settle(member, -self._cost(member[0].call.model, tokens_of(member)))
+        try:
+            ran = await self._runner.run(awaited)
+        except ModelUnavailable:
+            self._give_up()
+        else:
+            self._charge(ran)
+
+    def _charge(self, ran: Ran) -> None:
+        """Passes beyond the first are paid by those whose inputs caused them."""
+        again = [self._cost(one[0].call.model, tokens_of(one)) for one in ran.repeated]
+        for member in ran.guilty:
+            self._settle(member, sum(again) / len(ran.guilty))
+
+    def _settle(self, member: Member, diff: float) -> None:
+        call = member[0].call
+        self._queue.settle(call.klass, call.tenant, diff)
 
     # --- what others ask ------------------------------------------------------------------
 
@@ -348,29 +308,36 @@ class Batcher:
         """Inputs that wait."""
         return self._queue.items
 
+    def report(self, pool: str, replica: str, places_max: int) -> QueueReport:
+        """What waits: in all, and of the tenants that have most waiting."""
+        now, queue = self._clock(), self._queue
+        return QueueReport(
+            pool,
+            replica,
+            queue.items,
+            queue.cost,
+            self._rate.seconds(1),
+            tenants_waiting(queue),
+            tuple(self._placed(place, now) for place in places(queue, places_max)),
+        )
 
-def _called(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Call it in the model's thread; StopIteration, which no Future can carry, would hang us."""
-    try:
-        return function(*args, **kwargs)
-    except StopIteration as error:
-        raise RuntimeError("the engine raised StopIteration") from error
+    def _placed(self, place: Place[Slice], now: float) -> QueuePlace:
+        busy_s, second = self._busy_s(), 1 / self._rate.seconds(1)
+        done = min(place.cost / place.share, self._queue.cost)
+        return QueuePlace(
+            place.tenant,
+            place.klass,
+            place.weight,
+            place.items,
+            place.cost,
+            place.share,
+            place.ahead,
+            busy_s + place.ahead / second,
+            busy_s + max(done, place.ahead + place.cost) / second,
+            now - place.oldest.pending.arrived,
+            100 * second / (place.lead + second),
+        )
 
-
-def _gone() -> ModelUnavailable:
-    return ModelUnavailable("The model's replica has failed or is leaving.", retry_after_s=5)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Also torch's own, which is not imported here."""
-    return isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
-
-
-def _blame(error: Exception) -> PoisonInput:
-    """What the owner of an input that fails alone is told; the runtime's own words may leak."""
-    if isinstance(error, PoisonInput):
-        return error
-    if _out_of_memory(error):
-        message = "The device has too little memory for this input."
-        return PoisonInput(message, code="out_of_memory")
-    return PoisonInput("The model failed on this input.")
+    def _busy_s(self) -> float:
+        """Predicted seconds until the hand-out in flight is done."""
+        return max(self._free_at - self._clock(), 0.0)

@@ -3,7 +3,7 @@
 import logging
 import uuid
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractAsyncContextManager
 
 from serve.admission.quotas import Permit
 from serve.errors import BadInput, Conflict, NotFound, QuotaExceeded, ServiceError
@@ -26,7 +26,6 @@ class CollectionFlow:
         self._settings = context.settings
         self._models = context.models
         self._quotas = context.quotas
-        self._clock = context.clock
         self._wall = context.wall
         self._store = store
         self._upserter = upserter
@@ -39,7 +38,7 @@ class CollectionFlow:
         the model, QuotaExceeded past `collections_max`, IndexUnavailable.
         """
         served = self._models.find(model) if model is not None else self._models.first()
-        with self._charged(caller):
+        async with self._charged(caller):
             mine = await self._store.list_collections(caller.tenant)
             if any(one.name == name for one in mine):
                 raise Conflict(f"You have a collection {name!r} already.", param="name")
@@ -62,13 +61,13 @@ class CollectionFlow:
     async def _kept(self, collection: Collection) -> Collection:
         try:
             return await self._store.create_collection(new_op(), collection)
-        except Conflict:  # another request took the name meanwhile
+        except (Conflict, QuotaExceeded):  # another request took the name, or the last place
             await self._upserter.drop(collection.uuid)
             raise
 
     async def show(self, caller: Caller, name: str) -> Collection:
         """The caller's collection. Raises NotFound, also for another tenant's."""
-        with self._charged(caller):
+        async with self._charged(caller):
             return await self.find(caller, name)
 
     async def find(self, caller: Caller, name: str) -> Collection:
@@ -80,7 +79,7 @@ class CollectionFlow:
 
     async def list(self, caller: Caller) -> Sequence[Collection]:
         """The caller's collections, by name."""
-        with self._charged(caller):
+        async with self._charged(caller):
             return await self._store.list_collections(caller.tenant)
 
     async def delete(self, caller: Caller, name: str) -> Collection:
@@ -89,7 +88,7 @@ class CollectionFlow:
         Found by nobody as soon as the Store has marked it: that is the deletion. When its records
         cannot be dropped now, the writer drops them when it starts.
         """
-        with self._charged(caller):
+        async with self._charged(caller):
             gone = await self._store.delete_collection(new_op(), caller.tenant, name)
             if gone is None:
                 raise _unknown(name)
@@ -100,8 +99,8 @@ class CollectionFlow:
             log.warning("collection %s is deleted but not yet dropped: %s", gone.uuid, error)
         return gone
 
-    def _charged(self, caller: Caller) -> AbstractContextManager[Permit]:
-        return self._quotas.admitted(caller, "interactive", tokens=0, now=self._clock())
+    def _charged(self, caller: Caller) -> AbstractAsyncContextManager[Permit]:
+        return self._quotas.admitted(caller, "interactive", tokens=0)
 
     def servable(self, collection: Collection) -> None:
         """Refuse a collection whose model revision is not the one served now.

@@ -1,12 +1,15 @@
-"""What every flow of one ingress replica shares."""
+"""What every flow of one ingress replica shares, and what a request carries through them."""
 
+import asyncio
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from serve.admission.quotas import Quotas
 from serve.config import Settings
+from serve.errors import DeadlineExceeded
 from serve.flows.models import Models
 
 
@@ -23,6 +26,49 @@ class Context:
     threads: Executor
     clock: Callable[[], float]
     wall: Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Milliseconds of a request: until it was tokenised, in the fair queue, in the model.
+
+    Of work that was done in parts side by side, the longest part's.
+    """
+
+    tokenise_ms: float = 0.0
+    queue_ms: float = 0.0
+    infer_ms: float = 0.0
+
+
+@asynccontextmanager
+async def within(until: float | None, clock: Callable[[], float]) -> AsyncIterator[None]:
+    """End what is inside at `until` on `clock`, the client's own deadline if it has one.
+
+    Raises DeadlineExceeded.
+    """
+    if until is None:
+        yield
+        return
+    try:
+        async with asyncio.timeout(left(until, clock)) as limit:
+            yield
+    except TimeoutError:
+        if not limit.expired():  # somebody else's, from inside
+            raise
+        raise too_late() from None
+
+
+def left(until: float, clock: Callable[[], float]) -> float:
+    """Seconds until then. Raises DeadlineExceeded when there are none."""
+    seconds = until - clock()
+    if seconds <= 0:
+        raise too_late()
+    return seconds
+
+
+def too_late() -> DeadlineExceeded:
+    """The client's deadline has passed."""
+    return DeadlineExceeded("The deadline passed before the work was done.")
 
 
 def new_op() -> str:

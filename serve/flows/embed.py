@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from serve.errors import BadInput, PoisonInput, ServiceError
-from serve.flows.context import Context
+from serve.flows.context import Context, Timing, left, within
 from serve.flows.models import Served
 from serve.records import Caller, EmbedCall, EmbedReply, Input, Klass, TokenIds, Vector
 
@@ -47,19 +47,24 @@ class Embedded:
 
     vectors: Vector
     tokens: int
+    timing: Timing
     cuts: tuple[Cut, ...] = ()
-    queue_ms: float = 0.0
-    infer_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Work for the embedder on behalf of a caller."""
+    """Work for the embedder on behalf of a caller.
+
+    It may wait `deadline_s` for others, unless the client itself said `until` when, on the
+    context's clock, it wants the answer. `priority` orders the caller's own work of the class.
+    """
 
     caller: Caller
     request_id: str
     klass: Klass
     deadline_s: float
+    until: float | None = None
+    priority: int = 0
 
 
 class EmbedFlow:
@@ -72,26 +77,35 @@ class EmbedFlow:
         self._threads = context.threads
         self._clock = context.clock
 
-    async def embed(self, caller: Caller, request: EmbedRequest, request_id: str) -> Embedded:
+    async def embed(
+        self,
+        caller: Caller,
+        request: EmbedRequest,
+        request_id: str,
+        *,
+        until: float | None = None,
+    ) -> Embedded:
         """Embed one request at class `interactive`.
 
-        Raises NotFound (model), BadInput (names the input), QuotaExceeded, and what
-        `ports.Embedder.embed` raises. An input that fails alone fails the request, by index.
+        Raises NotFound (model), BadInput (names the input), QuotaExceeded, DeadlineExceeded, and
+        what `ports.Embedder.embed` raises. An input that fails alone fails the request, by index.
         """
         served = self._models.find(request.model)
         size = _dimensions(served, request.dimensions)
-        ids, cuts = await self.tokenise(served, request)
-        tokens = sum(len(row) for row in ids)
-        now = self._clock()
         deadline_s = self._settings.limits.interactive_deadline_s
-        work = Work(caller, request_id, "interactive", deadline_s)
-        with self._quotas.admitted(caller, "interactive", tokens=tokens, now=now):
-            reply = await self.run(work, served, ids)
-            if reply.failures:  # inside: a fault of ours is refunded
-                index, failure = reply.failures[0]
-                raise named(failure, request.param.format(index))
-        vectors = _cut(reply.vectors, size)
-        return Embedded(vectors, tokens, cuts, reply.queue_ms, reply.infer_ms)
+        work = Work(caller, request_id, "interactive", deadline_s, until)
+        async with within(until, self._clock):
+            began = self._clock()
+            ids, cuts = await self.tokenise(served, request)
+            tokenise_ms = (self._clock() - began) * 1e3
+            tokens = sum(len(row) for row in ids)
+            async with self._quotas.admitted(caller, "interactive", tokens=tokens):
+                reply = await self.run(work, served, ids)
+                if reply.failures:  # inside: a fault of ours is refunded
+                    index, failure = reply.failures[0]
+                    raise named(failure, request.param.format(index))
+        timing = Timing(tokenise_ms, reply.queue_ms, reply.infer_ms)
+        return Embedded(_cut(reply.vectors, size), tokens, timing, cuts)
 
     async def tokenise(
         self, served: Served, request: EmbedRequest
@@ -127,7 +141,10 @@ class EmbedFlow:
         return rows, tuple(cuts)
 
     async def run(self, work: Work, served: Served, ids: Sequence[TokenIds]) -> EmbedReply:
-        """Embed token ids, in one call or, above `slice_tokens`, in several at once."""
+        """Embed token ids, in one call or, above `slice_tokens`, in several at once.
+
+        Raises DeadlineExceeded before any call once `work.until` has passed.
+        """
         parts = _parts([len(row) for row in ids], self._settings.ingress.slice_tokens)
         gate = asyncio.Semaphore(self._settings.ingress.slices_in_flight_max)
 
@@ -146,6 +163,7 @@ class EmbedFlow:
 
     def _call(self, work: Work, served: Served, ids: Sequence[TokenIds]) -> EmbedCall:
         caller = work.caller
+        limit_s = None if work.until is None else left(work.until, self._clock)
         return EmbedCall(
             request_id=work.request_id,
             tenant=caller.tenant,
@@ -154,8 +172,9 @@ class EmbedFlow:
             model=served.model.id,
             inputs=tuple(Input(ids=row) for row in ids),
             tokens=tuple(len(row) for row in ids),
-            deadline_s=work.deadline_s,
-            queued_tokens_max=self._settings.admission.tiers[caller.tier].queued_tokens_max,
+            deadline_s=work.deadline_s if limit_s is None else limit_s,
+            limit_s=limit_s,
+            priority=work.priority,
         )
 
 

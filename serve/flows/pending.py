@@ -4,13 +4,16 @@ import asyncio
 from dataclasses import dataclass, field
 
 from serve.admission.fairness import Entry
-from serve.errors import ServiceError
+from serve.errors import DeadlineExceeded, ServiceError
 from serve.records import EmbedCall, EmbedReply, Vector
 
 
 @dataclass(slots=True, eq=False)
 class Pending:
-    """A call on its way: rows fill in as batches return."""
+    """A call on its way: rows fill in as batches return.
+
+    `left` inputs have no outcome yet; `unbegun` of them the model has not seen.
+    """
 
     call: EmbedCall
     done: asyncio.Future[EmbedReply]
@@ -18,9 +21,17 @@ class Pending:
     expires: float
     vectors: Vector
     left: int
+    unbegun: int
     started: float | None = None
+    timer: asyncio.TimerHandle | None = None
     failures: list[tuple[int, ServiceError]] = field(default_factory=list)
     entries: list[Entry["Slice"]] = field(default_factory=list)
+
+    def live(self, now: float) -> bool:
+        """Whether its work should go on. An expired call is answered; a departed one needs none."""
+        if now >= self.expires:
+            self.fail(DeadlineExceeded("The deadline passed while the work was waiting."))
+        return not self.done.done()
 
     def put(self, index: int, row: Vector | ServiceError) -> None:
         """Keep one input's outcome."""
@@ -55,25 +66,39 @@ class Slice:
 
     pending: Pending
     indices: tuple[int, ...]
-    tokens: int
+
+    @property
+    def tokens(self) -> list[int]:
+        """Of each of its inputs."""
+        return [self.pending.call.tokens[index] for index in self.indices]
 
 
 Member = tuple[Pending, int]
 """One input of a call: the call and the input's index."""
 
 
+def tokens_of(member: Member) -> int:
+    """Tokens of that input."""
+    pending, index = member
+    return pending.call.tokens[index]
+
+
 @dataclass(slots=True)
 class Tally:
     """Counts since start: what the model was given and how much of it was padding.
 
-    `failed` are inputs answered with an error of their own, `dropped` slices that expired or
-    whose caller left before the model saw them.
+    `repeated` inputs were run again after a failure, `failed` ones were answered with an error of
+    their own, `dropped` ones expired or lost their caller before the model saw them; `expired` are
+    calls.
     """
 
+    handouts: int = 0
     batches: int = 0
     inputs: int = 0
     tokens: int = 0
     padded: int = 0
+    repeated: int = 0
     failed: int = 0
     dropped: int = 0
+    expired: int = 0
     model_s: float = 0.0

@@ -8,11 +8,11 @@ import numpy as np
 
 from serve.errors import BadInput
 from serve.flows.collections import CollectionFlow
-from serve.flows.context import Context
+from serve.flows.context import Context, Timing, within
 from serve.flows.embed import EmbedFlow, EmbedRequest, Work, named
 from serve.index.filters import parse
 from serve.ports import Index
-from serve.records import Caller, Collection, Hit, TokenIds, Vector
+from serve.records import Caller, Collection, Filter, Hit, Vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,7 @@ class Found:
 
     hits: Sequence[Hit]
     tokens: int
+    timing: Timing
 
 
 class SearchFlow:
@@ -52,12 +53,19 @@ class SearchFlow:
         self._index = index
 
     async def search(
-        self, caller: Caller, name: str, request: SearchRequest, request_id: str
+        self,
+        caller: Caller,
+        name: str,
+        request: SearchRequest,
+        request_id: str,
+        *,
+        until: float | None = None,
     ) -> Found:
         """The nearest chunks.
 
-        Raises NotFound, BadInput, QuotaExceeded, and what `ports.Embedder.embed` and the index
-        raise; a query that was not answered by our fault is refunded.
+        Raises NotFound, BadInput, QuotaExceeded, DeadlineExceeded, and what
+        `ports.Embedder.embed` and the index raise; a query that was not answered by our fault is
+        refunded.
         """
         if not 1 <= request.top_k <= self._settings.limits.top_k_max:
             raise BadInput(
@@ -66,41 +74,40 @@ class SearchFlow:
         where = None
         if request.where is not None:
             where = parse(request.where, terms_max=self._settings.limits.filter_terms_max)
-        collection = await self._collections.find(caller, name)
-        if request.vector is not None:
+        deadline_s = self._settings.limits.interactive_deadline_s
+        work = Work(caller, request_id, "interactive", deadline_s, until)
+        async with within(until, self._clock):
+            collection = await self._collections.find(caller, name)
+            if request.vector is None:
+                return await self._by_text(work, collection, request, where)
             vector = _unit(request.vector, collection.dimensions)
-            with self._quotas.admitted(caller, "interactive", tokens=0, now=self._clock()):
-                return Found(
-                    await self._index.query(collection.uuid, vector, request.top_k, where), 0
-                )
-        ids = await self._tokenised(collection, request.text or "")
-        with self._quotas.admitted(caller, "interactive", tokens=len(ids), now=self._clock()):
-            vector = await self._embedded(caller, collection, ids, request_id)
-            hits = await self._index.query(collection.uuid, vector, request.top_k, where)
-        return Found(hits, len(ids))
+            async with self._quotas.admitted(caller, "interactive", tokens=0):
+                hits = await self._index.query(collection.uuid, vector, request.top_k, where)
+            return Found(hits, 0, Timing())
 
     async def count(self, collection: Collection) -> int:
         """Records of a collection."""
         return (await self._index.stats(collection.uuid)).records
 
-    async def _tokenised(self, collection: Collection, text: str) -> TokenIds:
+    async def _by_text(
+        self, work: Work, collection: Collection, request: SearchRequest, where: Filter | None
+    ) -> Found:
         self._collections.servable(collection)
         served = self._models.find(collection.model)
-        query = served.model.query_prefix + text
-        rows, _ = await self._embed.tokenise(
+        query = served.model.query_prefix + (request.text or "")
+        began = self._clock()
+        ids, _ = await self._embed.tokenise(
             served, EmbedRequest(collection.model, texts=[query], param="text")
         )
-        return rows[0]
-
-    async def _embedded(
-        self, caller: Caller, collection: Collection, ids: TokenIds, request_id: str
-    ) -> Vector:
-        work = Work(caller, request_id, "interactive", self._settings.limits.interactive_deadline_s)
-        reply = await self._embed.run(work, self._models.find(collection.model), [ids])
-        if reply.failures:
-            raise named(reply.failures[0][1], "text")
-        vector: Vector = reply.vectors[0]
-        return vector
+        tokenise_ms = (self._clock() - began) * 1e3
+        tokens = len(ids[0])
+        async with self._quotas.admitted(work.caller, work.klass, tokens=tokens, param="text"):
+            reply = await self._embed.run(work, served, ids)
+            if reply.failures:
+                raise named(reply.failures[0][1], "text")
+            vector: Vector = reply.vectors[0]
+            hits = await self._index.query(collection.uuid, vector, request.top_k, where)
+        return Found(hits, tokens, Timing(tokenise_ms, reply.queue_ms, reply.infer_ms))
 
 
 def _unit(values: Sequence[float], dimensions: int) -> Vector:

@@ -5,19 +5,32 @@ from dataclasses import asdict
 
 import sqlalchemy as sa
 
-from serve.errors import Conflict
+from serve.errors import Conflict, QuotaExceeded
 from serve.jobs.schema import collections, documents
 from serve.records import Collection
 
 
 _FIELDS = sa.select(*(column for column in collections.c if column.name != "deleted_at"))
-_LIVE = _FIELDS.where(collections.c.deleted_at.is_(None))
+_IS_LIVE = collections.c.deleted_at.is_(None)
+_LIVE = _FIELDS.where(_IS_LIVE)
+_COUNT = (
+    sa.select(sa.func.count())
+    .select_from(collections)
+    .where(_IS_LIVE, collections.c.tenant == sa.bindparam("tenant"))
+)
 
 
-def create(conn: sa.Connection, collection: Collection) -> Collection:
-    """Keep a collection. Raises Conflict when the tenant has a live one of that name."""
+def create(conn: sa.Connection, collection: Collection, collections_max: int | None) -> Collection:
+    """Keep a collection.
+
+    Raises Conflict when the tenant has a live one of that name, QuotaExceeded when it has
+    `collections_max` of them.
+    """
     if find(conn, collection.tenant, collection.name) is not None:
         raise Conflict(f"collection {collection.name} exists", param="name")
+    live = conn.execute(_COUNT, {"tenant": collection.tenant}).scalar_one()
+    if collections_max is not None and live >= collections_max:
+        raise QuotaExceeded(f"You have {live} collections already.", code="collections")
     conn.execute(sa.insert(collections).values(**asdict(collection)))
     return collection
 

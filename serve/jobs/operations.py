@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from serve.errors import Conflict
 from serve.jobs.schema import operations
-from serve.records import Collection, DocumentVersion
+from serve.records import Collection, DocumentVersion, Key, Tenant
 
 
 T = TypeVar("T")
@@ -47,6 +47,8 @@ def _decode_versions(value: list[Any]) -> Sequence[DocumentVersion]:
 NOTHING: Codec[None] = Codec(_no_result, _no_result)
 MADE: Codec[Collection] = Codec(asdict, lambda value: Collection(**value))
 FOUND: Codec[Collection | None] = Codec(_encode_collection, _decode_collection)
+KEY: Codec[Key] = Codec(asdict, lambda value: Key(**value))
+TENANT: Codec[Tenant] = Codec(asdict, lambda value: Tenant(**value))
 VERSIONS: Codec[Sequence[DocumentVersion]] = Codec(_encode_versions, _decode_versions)
 
 

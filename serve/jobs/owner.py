@@ -2,18 +2,28 @@
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
 from serve.config import Store
-from serve.jobs import catalog, fence, generations, operations, tenants
+from serve.jobs import audit, catalog, fence, generations, keys, operations, tenants, usage
 from serve.jobs.committer import Committer, Work
-from serve.jobs.operations import FOUND, MADE, NOTHING, VERSIONS, Codec
+from serve.jobs.operations import FOUND, KEY, MADE, NOTHING, TENANT, VERSIONS, Codec
 from serve.jobs.sqlite import open_database
-from serve.ports import Collections, Documents, Fence, Keys
-from serve.records import Collection, DocumentVersion, DocumentWrite, Key
+from serve.jobs.upkeep import Chore
+from serve.ports import Collections, Documents, Fence, Keys, Tenants, Usage
+from serve.records import (
+    AuditEntry,
+    Collection,
+    DocumentVersion,
+    DocumentWrite,
+    Key,
+    Tenant,
+    UsageRow,
+)
 
 
 T = TypeVar("T")
@@ -21,10 +31,16 @@ T = TypeVar("T")
 PURGE_ROWS = 10_000
 """Documents forgotten in one transaction, about 15 ms: others wait behind it."""
 
+USAGE_ROWS = 250
+"""Rows of usage written, or folded, in one transaction, about 15 ms: others wait behind it."""
+
+HOUR_S = 3600.0
+"""Between two looks for what is days or months old."""
+
 CLOSE_WAIT_S = 30.0
 
 
-class StoreOwner(Keys, Collections, Documents, Fence):
+class StoreOwner(Keys, Tenants, Usage, Collections, Documents, Fence):
     """Implements the Store's ports for one process; every call is acknowledged after its commit.
 
     Calls raise Overloaded when `settings.queue_max` wait, StoreUnavailable when the commit failed
@@ -32,21 +48,29 @@ class StoreOwner(Keys, Collections, Documents, Fence):
     result for `settings.operations_kept_s`; an `op` of another method is a Conflict.
     """
 
-    def __init__(self, path: Path, settings: Store, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        settings: Store,
+        clock: Callable[[], float],
+        *,
+        collections_max: int | None = None,
+    ) -> None:
         """Opens the database, made when new. `clock` gives epoch seconds.
 
+        `collections_max` bounds the live collections of a tenant; None: whoever asks bounds them.
         Blocks up to `settings.lock_wait_s` for a predecessor: call it off the event loop.
         Raises StoreUnavailable as `serve.jobs.sqlite.open_database` does.
         """
-        self._kept_s = settings.operations_kept_s
-        self._forget_max = 2 * settings.commit_ops_max  # more than a group can add
-        self._forget_at = 0.0
+        self._keys_max = settings.keys_max
+        self._collections_max = collections_max
+        self._chores = _chores(settings)
         self._committer = Committer(
             lambda: open_database(path, settings.lock_wait_s, clock()),
             ops_max=settings.commit_ops_max,
             queue_max=settings.queue_max,
             clock=clock,
-            upkeep=self._forget,
+            upkeep=self._keep_up,
         )
 
     @property
@@ -67,23 +91,105 @@ class StoreOwner(Keys, Collections, Documents, Fence):
         self._committer.close(wait_s)
 
     async def find_key(self, key_id: str) -> Key | None:
-        """The live key of that id, with its tenant's tier."""
-        return await self._do(lambda conn, _now: tenants.find_key(conn, key_id))
+        """The live key of that id, with its tenant's tier and limits."""
+        return await self._do(lambda conn, now: keys.find_key(conn, key_id, now))
 
-    async def create_key(self, op: str, key: Key) -> None:
-        """Keep a key and set its tenant's tier. Raises Conflict when the id is taken."""
+    async def create_key(self, op: str, key: Key, by: str = "") -> None:
+        """Keep a key and set its tenant's tier.
+
+        Raises Conflict when the id is taken or the tenant has `keys_max` live keys, NotFound when
+        it has no tier and the tenant does not exist.
+        """
         await self._once(
-            op, "create_key", NOTHING, lambda conn, now: tenants.create_key(conn, key, now)
+            op,
+            "create_key",
+            NOTHING,
+            lambda conn, now: keys.create_key(conn, key, keys_max=self._keys_max, by=by, now=now),
         )
 
-    async def list_keys(self) -> Sequence[Key]:
-        """Every live key."""
-        return await self._do(lambda conn, _now: tenants.list_keys(conn))
+    async def list_keys(self, tenant: str | None = None) -> Sequence[Key]:
+        """Every live key, of one tenant or of all."""
+        return await self._do(lambda conn, now: keys.list_keys(conn, tenant, now))
+
+    async def rotate_key(
+        self, op: str, key_id: str, successor: Key, overlap_s: float, by: str
+    ) -> Key:
+        """Keep a key's successor; the key itself expires. Raises NotFound, Conflict."""
+        return await self._once(
+            op,
+            "rotate_key",
+            KEY,
+            lambda conn, now: keys.rotate_key(
+                conn, key_id, successor, overlap_s=overlap_s, by=by, now=now
+            ),
+        )
+
+    async def change_key(
+        self, op: str, key_id: str, name: str | None, limits: Mapping[str, Any] | None, by: str
+    ) -> Key:
+        """Set name and limits of a key's family, where not None. Raises NotFound."""
+        return await self._once(
+            op,
+            "change_key",
+            KEY,
+            lambda conn, now: keys.change_key(
+                conn, key_id, name=name, limits=limits, by=by, now=now
+            ),
+        )
+
+    async def revoke_key(self, op: str, key_id: str, by: str) -> None:
+        """End a key at once. Raises NotFound, Conflict (the last admin key, but for the CLI)."""
+        await self._once(
+            op,
+            "revoke_key",
+            NOTHING,
+            lambda conn, now: keys.revoke_key(conn, key_id, by=by, now=now),
+        )
+
+    async def find_tenant(self, tenant: str) -> Tenant | None:
+        """One tenant."""
+        return await self._do(lambda conn, _now: tenants.find_tenant(conn, tenant))
+
+    async def list_tenants(self, after: str, limit: int) -> Sequence[Tenant]:
+        """Tenants by name, those after `after`."""
+        return await self._do(lambda conn, _now: tenants.list_tenants(conn, after, limit))
+
+    async def set_tenant(
+        self, op: str, tenant: str, tier: str | None, limits: Mapping[str, Any] | None, by: str
+    ) -> Tenant:
+        """Make a tenant, or set its tier and limits where not None. Raises NotFound."""
+        return await self._once(
+            op,
+            "set_tenant",
+            TENANT,
+            lambda conn, now: tenants.set_tenant(
+                conn, tenant, tier=tier, limits=limits, by=by, now=now
+            ),
+        )
+
+    async def list_audit(
+        self, tenant: str | None, before: int | None, limit: int
+    ) -> Sequence[AuditEntry]:
+        """Entries of one tenant or of all, newest first, those with a number below `before`."""
+        return await self._do(lambda conn, _now: audit.listed(conn, tenant, before, limit))
+
+    async def report_usage(self, session: str, rows: Sequence[UsageRow]) -> None:
+        """Keep a session's counts so far, in several short transactions when they are many."""
+        for start in range(0, len(rows), USAGE_ROWS):
+            part = rows[start : start + USAGE_ROWS]
+            await self._do(partial(_report, session, part))
+
+    async def month_usage(self, tenant: str, month: str) -> Sequence[UsageRow]:
+        """A tenant's usage of a month, by key family and class."""
+        return await self._do(lambda conn, _now: usage.month(conn, tenant, month))
 
     async def create_collection(self, op: str, collection: Collection) -> Collection:
-        """Keep a collection. Raises Conflict when the name is taken."""
+        """Keep a collection. Raises Conflict (name taken), QuotaExceeded (`collections_max`)."""
         return await self._once(
-            op, "create_collection", MADE, lambda conn, _now: catalog.create(conn, collection)
+            op,
+            "create_collection",
+            MADE,
+            lambda conn, _now: catalog.create(conn, collection, self._collections_max),
         )
 
     async def find_collection(self, tenant: str, name: str) -> Collection | None:
@@ -162,8 +268,28 @@ class StoreOwner(Keys, Collections, Documents, Fence):
 
         return await self._do(kept)
 
-    def _forget(self, conn: sa.Connection, now: float) -> None:
-        """Purge old operations once in a sixtieth of their life, and on while there are more."""
-        if now >= self._forget_at:
-            gone = operations.purge(conn, now - self._kept_s, self._forget_max)
-            self._forget_at = now if gone == self._forget_max else now + self._kept_s / 60
+    def _keep_up(self, conn: sa.Connection, now: float) -> None:
+        for chore in self._chores:
+            chore(conn, now)
+
+
+def _report(session: str, rows: Sequence[UsageRow], conn: sa.Connection, now: float) -> None:
+    usage.report(conn, session, rows, now)
+
+
+def _chores(settings: Store) -> Sequence[Chore]:
+    rows_max = 2 * settings.commit_ops_max  # more than a group can add
+    return (
+        Chore(
+            lambda conn, now, most: operations.purge(conn, now - settings.operations_kept_s, most),
+            every_s=settings.operations_kept_s / 60,
+            rows_max=rows_max,
+        ),
+        Chore(
+            lambda conn, now, most: audit.purge(conn, now - settings.audit_kept_s, most),
+            every_s=HOUR_S,
+            rows_max=rows_max,
+        ),
+        Chore(usage.fold, every_s=HOUR_S, rows_max=USAGE_ROWS),
+        Chore(usage.purge, every_s=HOUR_S, rows_max=USAGE_ROWS),
+    )

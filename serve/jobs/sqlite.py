@@ -5,6 +5,7 @@ One connection at a time: SQLite 3.7.0 to 3.51.2 can corrupt a WAL when two conn
 """
 
 import fcntl
+import logging
 import math
 import os
 import sqlite3
@@ -19,6 +20,8 @@ import sqlalchemy as sa
 from serve.errors import StoreUnavailable
 from serve.jobs import schema
 
+
+log = logging.getLogger(__name__)
 
 LOCK_POLL_S = 0.05
 IDENTITY_CHARS = 32
@@ -106,7 +109,7 @@ def _write_identity(lock: int, identity: str, folder: Path) -> None:
 
 
 def _prepare(engine: sa.Engine, path: Path, known: str, now: float) -> str:
-    """Check or make the schema; returns the database's identity."""
+    """Check, make or upgrade the schema; returns the database's identity."""
     try:
         with engine.begin() as conn:
             found = schema.identity(conn)
@@ -115,9 +118,14 @@ def _prepare(engine: sa.Engine, path: Path, known: str, now: float) -> str:
                     f"{path} is not the database that {_lock_path(path)} belongs to: "
                     "restore the right file, or delete the lock file to accept this one"
                 )
-            return found or schema.create(conn, now)
+            if found is None:
+                return schema.create(conn, now)
+            had = schema.upgrade(conn)
     except sa.exc.DBAPIError as exc:
         raise StoreUnavailable(f"cannot open the database {path}: {exc.orig}") from exc
+    if had < schema.VERSION:
+        log.info("%s: schema %d brought to %d", path, had, schema.VERSION)
+    return found
 
 
 def _engine(path: Path) -> sa.Engine:

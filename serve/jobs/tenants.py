@@ -1,48 +1,62 @@
-"""Statements of `ports.Keys`: tenants and their keys. Secrets are kept as SHA-256 only."""
+"""Statements of `ports.Tenants`: a tenant's tier, and what it has instead of the tier's limits."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import sqlalchemy as sa
 
-from serve.errors import Conflict
-from serve.jobs.schema import keys, tenants
-from serve.records import Key
+from serve.errors import NotFound
+from serve.jobs import audit
+from serve.jobs.schema import tenants
+from serve.records import Tenant
 
 
-_LIVE = (
-    sa.select(keys.c.id, keys.c.tenant, tenants.c.tier, keys.c.secret_sha256, keys.c.created_at)
-    .join(tenants, tenants.c.tenant == keys.c.tenant)
-    .where(keys.c.revoked_at.is_(None))
-)
-_BY_ID = _LIVE.where(keys.c.id == sa.bindparam("key"))
+def find_tenant(conn: sa.Connection, tenant: str) -> Tenant | None:
+    """One tenant."""
+    row = conn.execute(sa.select(tenants).where(tenants.c.tenant == tenant)).one_or_none()
+    return None if row is None else Tenant(*row)
 
 
-def find_key(conn: sa.Connection, key_id: str) -> Key | None:
-    """The live key, with its tenant's tier of now."""
-    row = conn.execute(_BY_ID, {"key": key_id}).one_or_none()
-    return None if row is None else Key(*row)
+def list_tenants(conn: sa.Connection, after: str, limit: int) -> Sequence[Tenant]:
+    """Up to `limit` tenants by name, those after `after`."""
+    some = sa.select(tenants).where(tenants.c.tenant > after).order_by(tenants.c.tenant)
+    return [Tenant(*row) for row in conn.execute(some.limit(limit))]
 
 
-def list_keys(conn: sa.Connection) -> Sequence[Key]:
-    """Every live key, by tenant and age."""
-    order = (keys.c.tenant, keys.c.created_at, keys.c.id)
-    return [Key(*row) for row in conn.execute(_LIVE.order_by(*order))]
+def set_tenant(
+    conn: sa.Connection,
+    name: str,
+    *,
+    tier: str | None,
+    limits: Mapping[str, Any] | None,
+    by: str,
+    now: float,
+) -> Tenant:
+    """Make a tenant, or set its tier and limits where not None; an empty tier counts as none.
 
-
-def create_key(conn: sa.Connection, key: Key, now: float) -> None:
-    """Keep a key and set its tenant's tier. Raises Conflict when the id is taken."""
-    taken = sa.select(keys.c.id).where(keys.c.id == key.id)
-    if conn.execute(taken).first() is not None:
-        raise Conflict(f"key {key.id} exists", param="id")
-    tenant = sa.update(tenants).where(tenants.c.tenant == key.tenant).values(tier=key.tier)
-    if conn.execute(tenant).rowcount == 0:
-        new = {"tenant": key.tenant, "tier": key.tier, "created_at": now}
-        conn.execute(sa.insert(tenants), new)
-    conn.execute(
-        sa.insert(keys).values(
-            id=key.id,
-            tenant=key.tenant,
-            secret_sha256=key.secret_sha256,
-            created_at=key.created_at,
+    Raises NotFound when it is new and has no tier.
+    """
+    old = find_tenant(conn, name)
+    if old is None:
+        if not tier:
+            raise NotFound(f"There is no tenant {name!r}; a new one needs a tier.", param="tenant")
+        new = Tenant(name, tier, now, dict(limits or {}))
+        detail = audit.changes(_audited(new))
+        conn.execute(sa.insert(tenants).values(tenant=name, created_at=now, **_audited(new)))
+    else:
+        new = replace(
+            old,
+            tier=tier or old.tier,
+            limits=old.limits if limits is None else dict(limits),
         )
-    )
+        detail = audit.changes(_audited(new), _audited(old))
+        mine = sa.update(tenants).where(tenants.c.tenant == name)
+        conn.execute(mine.values(**_audited(new)))
+    if detail:
+        audit.note(conn, now, by, action="tenant.set", tenant=name, detail=detail)
+    return new
+
+
+def _audited(tenant: Tenant) -> dict[str, Any]:
+    return {"tier": tenant.tier, "limits": tenant.limits}

@@ -26,11 +26,12 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
+from serve.admission.bank import BankLedger
 from serve.admission.keys import Door, new_key
 from serve.admission.quotas import Quotas
 from serve.api.app import create_app
 from serve.api.service import Service
-from serve.config import Admission, Buffer, Chunking, Model, Settings, Store, Tier
+from serve.config import Admission, Buffer, Chunking, Model, Quota, Settings, Tier
 from serve.config import Pool as PoolSettings
 from serve.embedding.fake import FakeEngine, Faults
 from serve.embedding.pool import Pool
@@ -41,12 +42,14 @@ from serve.flows.context import Context
 from serve.flows.embed import EmbedFlow
 from serve.flows.ingest import IngestFlow
 from serve.flows.models import Models
+from serve.flows.operators import OperatorFlow
 from serve.flows.search import SearchFlow
+from serve.flows.usage import UsageFlow
 from serve.index.memory import MemoryIndex
 from serve.index.writer import Writer
 from serve.jobs.owner import StoreOwner
 from serve.ports import Keys
-from serve.records import EmbedCall, EmbedReply, Key
+from serve.records import EmbedCall, EmbedReply, Key, QueueReport, Role
 
 
 PLAIN = Model(id="plain", engine="fake", dimensions=16, tokens_max=64, created=7)
@@ -56,29 +59,34 @@ POISON, NOT_FINITE = "poison", "not finite"
 """Texts on which the model fails, and for which it returns NaN."""
 
 
+NOW = 1_700_000_000.0
+"""The frozen time of day: 14 November 2023, 22:13:20 UTC."""
+
+
 def tier(scale: int, **changes: Any) -> Tier:
     """Tokens of the fake models are bytes, plus two for each input."""
-    values: dict[str, Any] = {
-        "weight": min(scale, 1000),
-        "requests_per_minute": 60 * scale,
-        "requests_burst": 10 * scale,
-        "tokens_per_minute": 600 * scale,
-        "tokens_burst": 100 * scale,
-        "bulk_tokens_per_minute": 600 * scale,
-        "bulk_tokens_burst": 200 * scale,
-        "queued_tokens_max": 1_000_000,
-    }
+
+    def quota(tokens_burst: int) -> Quota:
+        return Quota(
+            requests_per_minute=60 * scale,
+            requests_burst=10 * scale,
+            tokens_per_minute=600 * scale,
+            tokens_burst=tokens_burst * scale,
+        )
+
+    values = {"weight": min(scale, 1000), "interactive": quota(100), "bulk": quota(200)}
     return Tier(**{**values, **changes})
 
 
 TIERS = {"free": tier(1), "premium": tier(100), "enterprise": tier(100_000)}
-OWNERS = {
-    "free": ("frugal", "free"),
-    "premium": ("acme", "premium"),
-    "enterprise": ("mighty", "enterprise"),
-    "other": ("stranger", "premium"),
+OWNERS: dict[str, tuple[str, str, Role]] = {
+    "free": ("frugal", "free", "user"),
+    "premium": ("acme", "premium", "user"),
+    "enterprise": ("mighty", "enterprise", "user"),
+    "other": ("stranger", "premium", "user"),
+    "admin": ("operators", "enterprise", "admin"),
 }
-"""Who a client is -> tenant and tier of its key."""
+"""Who a client is -> tenant, tier and role of its key."""
 
 
 def small(**changes: Any) -> Settings:
@@ -113,6 +121,16 @@ class LocalEmbedder:
         return self.batcher.healthy
 
 
+@dataclass
+class FakeQueues:
+    """Implements `ports.Queues`: what a test says that the embedders reported."""
+
+    reports: Mapping[str, tuple[QueueReport, ...]] = field(default_factory=dict)
+
+    async def queue_reports(self, tenant: str) -> tuple[QueueReport, ...]:
+        return self.reports.get(tenant, ())
+
+
 class Sabotage:
     """Any port, of which named methods raise instead."""
 
@@ -130,18 +148,31 @@ class Sabotage:
 
 
 @dataclass
+class Ports:
+    """What stands behind handles and actors in the service."""
+
+    embedder: LocalEmbedder
+    store: Any
+    upserter: Any
+    index: MemoryIndex
+    ledger: Any
+    queues: Any
+
+
+@dataclass
 class Whole:
-    """A running service and the ways in."""
+    """A running service and the ways in. `clock` is of the service and, moved, of the day."""
 
     app: FastAPI
     service: Service
+    ports: Ports
     clock: Any
-    embedder: LocalEmbedder
-    store: Sabotage
-    upserter: Sabotage
-    index: MemoryIndex
     keys: Mapping[str, str]
     stack: AsyncExitStack = field(repr=False)
+
+    def __getattr__(self, name: str) -> Any:
+        """A port: `whole.embedder`."""
+        return getattr(self.ports, name)
 
     async def client(self, who: str | None = "premium") -> httpx.AsyncClient:
         """A client with the key of one of `OWNERS`, or without a key."""
@@ -191,7 +222,7 @@ class Conformance:
     def _schema(self, response: httpx.Response) -> dict[str, Any] | None:
         for template, operations in self._openapi["paths"].items():
             operation = operations.get(response.request.method.lower())
-            pattern = re.sub(r"\{model_id\}", ".*", re.sub(r"\{name\}", "[^/]*", template))
+            pattern = re.sub(r"\{\w+\}", "[^/]*", template.replace("{model_id}", ".*"))
             if operation is not None and re.fullmatch(pattern, response.request.url.path):
                 known = operation["responses"]
                 media = known.get(str(response.status_code), known.get("default"))["content"]
@@ -200,7 +231,10 @@ class Conformance:
 
 
 async def make_keys(store: Keys) -> dict[str, str]:
-    made = {who: new_key(tenant, tier_name, 0.0) for who, (tenant, tier_name) in OWNERS.items()}
+    made = {
+        who: new_key(tenant, tier_name, 0.0, role=role)
+        for who, (tenant, tier_name, role) in OWNERS.items()
+    }
     await asyncio.gather(*(store.create_key(f"key-{who}", made[who][0]) for who in made))
     return {who: text for who, (_, text) in made.items()}
 
@@ -223,13 +257,16 @@ class Builder:
     clock: Any
     made: int = 0
 
+    def __post_init__(self) -> None:
+        self.began = self.clock()
+
     async def __call__(self, *, serving: bool = True, **changes: Any) -> Whole:
         """`changes` are of the settings; the model runs only when `serving`."""
         settings = small(**changes)
         self.made += 1
-        owner = StoreOwner(self.folder / f"{self.made}.db", Store(), self.clock)
+        owner = StoreOwner(self.folder / f"{self.made}.db", settings.store, self.wall)
         self.stack.callback(owner.close)
-        store, index = Sabotage(owner), MemoryIndex(settings.index)
+        index = MemoryIndex(settings.index)
         writer = Writer(
             index,
             owner,
@@ -239,17 +276,27 @@ class Builder:
             clock=time.monotonic,
             rng=random.Random(1),  # noqa: S311  jitter
         )
-        await self._background(writer.run())
+        await self.background(writer.run())
         embedder = LocalEmbedder(self._batcher(settings))
         if serving:
-            await self._background(embedder.batcher.run())
-        upserter = Sabotage(writer)
-        service = self._service(settings, embedder, store, upserter, index)
-        app = create_app(lambda: service)
-        keys = await make_keys(owner)
-        return Whole(
-            app, service, self.clock, embedder, store, upserter, index, keys, stack=self.stack
+            await self.background(embedder.batcher.run())
+        ledger = BankLedger(settings.ledger, keys_max=10_000, clock=self.clock, wall=self.wall)
+        ports = Ports(
+            embedder,
+            store=Sabotage(owner),
+            upserter=Sabotage(writer),
+            index=index,
+            ledger=Sabotage(ledger),
+            queues=Sabotage(FakeQueues()),
         )
+        service = self.service(settings, ports)
+        await self.background(service.context.quotas.run())
+        keys = await make_keys(owner)
+        return Whole(create_app(lambda: service), service, ports, self.clock, keys, self.stack)
+
+    def wall(self) -> float:
+        """Seconds since the epoch."""
+        return NOW + self.clock() - self.began
 
     def _batcher(self, settings: Settings) -> Batcher:
         executor = self.stack.enter_context(ThreadPoolExecutor(1, "model"))
@@ -264,39 +311,45 @@ class Builder:
             clock=self.clock,
         )
 
-    def _service(
-        self,
-        settings: Settings,
-        embedder: LocalEmbedder,
-        store: Any,
-        upserter: Any,
-        index: MemoryIndex,
-    ) -> Service:
+    def service(self, settings: Settings, ports: Ports, replica: str = "one") -> Service:
+        """One ingress replica over the ports, which several may share."""
+        quotas = Quotas(
+            ports.ledger,
+            ports.store,
+            settings.ledger,
+            replica=replica,
+            replicas=1,
+            owners_max=1000,
+            clock=self.clock,
+            wall=self.wall,
+        )
         context = Context(
             settings,
-            Models.open(settings, {"default": embedder}),
-            Quotas(settings.admission.tiers, replicas=1, tenants_max=1000),
+            Models.open(settings, {"default": ports.embedder}),
+            quotas,
             self.stack.enter_context(ThreadPoolExecutor(2, "tokenizer")),
             self.clock,
-            lambda: 1_700_000_000.0,
+            self.wall,
         )
         embed = EmbedFlow(context)
-        collections = CollectionFlow(context, store, upserter)
+        collections = CollectionFlow(context, ports.store, ports.upserter)
 
         async def ready() -> dict[str, bool]:
-            return {"embedder-default": await embedder.ready()}
+            return {"embedder-default": await ports.embedder.ready()}
 
         return Service(
             context,
-            Door(store, settings.admission, clock=self.clock),
+            Door(ports.store, settings.admission, clock=self.clock, wall=self.wall),
             embed,
             collections,
-            IngestFlow(context, collections, embed, store, upserter),
-            SearchFlow(context, collections, embed, index),
+            IngestFlow(context, collections, embed, ports.store, ports.upserter),
+            SearchFlow(context, collections, embed, ports.index),
+            OperatorFlow(settings, ports.store, ports.store, self.wall),
+            UsageFlow(context, ports.store, ports.queues),
             ready,
         )
 
-    async def _background(self, work: Any) -> None:
+    async def background(self, work: Any) -> None:
         task = asyncio.create_task(work)
 
         async def end() -> None:
@@ -340,7 +393,7 @@ async def serve_over_http(folder: Path, found: "Future[Served]", stop: Callable[
         server = uvicorn.Server(uvicorn.Config(whole.app, log_config=None, lifespan="off"))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        headers = {"authorization": f"Bearer {whole.keys['enterprise']}"}
+        headers = {"authorization": f"Bearer {whole.keys['admin']}"}
         found.set_result(Served(url, headers))
         while not stop():  # noqa: ASYNC110  told from another thread
             await asyncio.sleep(0.01)

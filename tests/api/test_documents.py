@@ -146,7 +146,7 @@ async def test_collections_count_as_requests(whole):
         await create(client, model="none")  # refused before anything was done: free
         assert problem(await client.get(BOOKS), 404)
     refused = await client.get(BOOKS)
-    assert problem(refused, 429)["code"] == "requests_per_minute"
+    assert problem(refused, 429)["code"] == "tenant_requests_per_minute"
     assert refused.headers["retry-after-ms"] == "1000"
 
 
@@ -492,7 +492,7 @@ async def test_bulk_tokens_are_a_quota_of_their_own(whole):
     refused = await write(
         client, ("4", "x" * 30), ("5", "y" * 30), ("6", "z" * 30), ("7", "a" * 30)
     )
-    assert problem(refused, 429)["code"] == "bulk_tokens_per_minute"
+    assert problem(refused, 429)["code"] == "tenant_bulk_tokens_per_minute"
     assert remaining(refused) == 104
     embed = await client.post("/v1/embeddings", json={"model": "plain", "input": "x" * 50})
     assert remaining(embed) == 100 - 52

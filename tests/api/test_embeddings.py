@@ -342,7 +342,7 @@ async def test_tokens_count_on_this_route(whole, clock):
     answer = await post(client, input=["x" * 28] * 2)
     assert (remaining(answer, "tokens"), remaining(answer, "requests")) == (40, 9)
     refused = await post(client, input="x" * 40)
-    assert error(refused, 429)["type"] == "tokens_per_minute"
+    assert error(refused, 429)["type"] == "tenant_tokens_per_minute"
     assert (remaining(refused, "tokens"), remaining(refused, "requests")) == (40, 9)
     wait_s = int(refused.headers["retry-after-ms"]) / 1e3
     clock.advance(wait_s - 0.01)
@@ -356,7 +356,7 @@ async def test_requests_count_as_well(whole, clock):
     for _ in range(10):
         assert (await post(client, input="x")).status_code == 200
     refused = await post(client, input="x")
-    assert error(refused, 429)["type"] == "requests_per_minute"
+    assert error(refused, 429)["type"] == "tenant_requests_per_minute"
     assert (refused.headers["retry-after"], refused.headers["retry-after-ms"]) == ("1", "1000")
     clock.advance(1)
     assert (await post(client, input="x")).status_code == 200

@@ -1,5 +1,6 @@
 """OpenAI's own client as the judge of `/v1/embeddings` and `/v1/models`."""
 
+import asyncio
 import base64
 
 import anyio
@@ -7,16 +8,16 @@ import numpy as np
 import openai
 import pytest
 
-from serve.config import Limits
+from serve.config import Admission, Limits, Tier
 from serve.errors import (
     DeadlineExceeded,
     Internal,
     ModelUnavailable,
     Overloaded,
-    QuotaExceeded,
 )
 
 
+TIERS = ("free", "premium", "enterprise")
 TEXTS = ["the tide", "a turbine", "headrace"]
 
 
@@ -189,7 +190,7 @@ async def test_rate_limit(whole):
     await vectors(ai, input="x" * 60)
     with pytest.raises(openai.RateLimitError) as caught:
         await vectors(ai, input="x" * 60)
-    assert shown(caught.value) == ("tokens_per_minute", None, "rate_limit_exceeded")
+    assert shown(caught.value) == ("tenant_tokens_per_minute", None, "rate_limit_exceeded")
     headers = caught.value.response.headers
     assert headers["retry-after-ms"] in ("2400", "2401")  # 124 of 100 tokens, ten a second
     assert headers["retry-after"] == "3"
@@ -234,14 +235,37 @@ async def test_a_503_is_repeated(whole, slept):
     assert slept == [0.5, 0.5]
 
 
-async def test_what_waiting_cannot_cure_is_not_repeated(whole, slept):
-    whole.embedder.fault = QuotaExceeded("Used up.", code="tokens_per_month")
+async def test_an_exhausted_month_is_not_repeated(start, slept):
+    spent = Tier(weight=1, tokens_per_month=8)
+    whole = await start(admission=Admission(tiers=dict.fromkeys(TIERS, spent)))
+    ai = await whole.openai("free", max_retries=2)
+    await vectors(ai, input="x" * 6)
     with pytest.raises(openai.RateLimitError) as caught:
-        await vectors(await whole.openai(max_retries=2))
-    assert shown(caught.value) == ("tokens_per_month", None, "insufficient_quota")
+        await vectors(ai, input="x")
+    assert shown(caught.value) == ("tenant_tokens_per_month", None, "insufficient_quota")
     assert caught.value.response.headers["x-should-retry"] == "false"
     assert "retry-after" not in caught.value.response.headers
     assert (slept, len(whole.embedder.calls)) == ([], 1)
+
+
+async def test_a_full_level_is_asked_again_a_second_later(start, monkeypatch):
+    narrow = Tier(weight=1, interactive={"concurrent_max": 1})
+    whole = await start(admission=Admission(tiers=dict.fromkeys(TIERS, narrow)))
+    ai = await whole.openai("free", max_retries=1)
+    hold = asyncio.Event()
+    whole.embedder.before = hold.wait
+    first = asyncio.ensure_future(vectors(ai))
+    while not whole.embedder.calls:  # noqa: ASYNC110  a call has no event
+        await asyncio.sleep(0)
+
+    async def nap(seconds):
+        assert seconds == 1
+        hold.set()
+        await first
+
+    monkeypatch.setattr(anyio, "sleep", nap)
+    assert (await vectors(ai)).shape == (3, 16)
+    assert hold.is_set()
 
 
 async def test_the_longest_wait_is_one_that_the_client_honours(whole, slept):

@@ -12,7 +12,7 @@ import pytest
 
 from serve.api.app import create_app
 from serve.api.problems import TABLE, openai_body, problem_body, retry_headers
-from serve.api.wire import duration
+from serve.api.rates import duration
 from serve.errors import Conflict, QuotaExceeded, ServiceError, TooLarge
 
 

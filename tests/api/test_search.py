@@ -207,13 +207,13 @@ async def test_searches_count_at_class_interactive(whole):
     answer = await client.post(URL, json={"text": "x" * 60})
     assert answer.headers["x-ratelimit-remaining-tokens"] == "38"
     assert problem(await client.post(URL, json={"text": "x" * 60}), 429)["code"] == (
-        "tokens_per_minute"
+        "tenant_tokens_per_minute"
     )
     assert {call.klass for call in whole.embedder.calls} == {"interactive"}
     for _ in range(8):
         assert (await client.post(URL, json={"vector": [1.0] * 16})).status_code == 200
     refused = await client.post(URL, json={"vector": [1.0] * 16})
-    assert problem(refused, 429)["code"] == "requests_per_minute"
+    assert problem(refused, 429)["code"] == "tenant_requests_per_minute"
 
 
 async def test_our_faults_are_refunded(books, whole, monkeypatch):

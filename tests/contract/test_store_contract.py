@@ -1,17 +1,12 @@
-"""What every Store promises, written against the ports. Add an opener to run it over another."""
+"""What every Store promises of collections, documents and fences, written against the ports."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from itertools import count
-from pathlib import Path
 from typing import Protocol
 
 import pytest
 
-from serve.config import Store as StoreSettings
 from serve.errors import BadInput, Conflict, Fenced, NotFound
-from serve.jobs.owner import StoreOwner
 from serve.ports import Collections, Documents, Fence, Keys
 from serve.records import Collection, DocumentVersion, DocumentWrite, Key
 
@@ -20,33 +15,11 @@ class Store(Keys, Collections, Documents, Fence, Protocol):
     pass
 
 
-@asynccontextmanager
-async def owner(folder: Path) -> AsyncIterator[Store]:
-    opened = StoreOwner(folder / "store.db", StoreSettings(), lambda: 1000.0)
-    try:
-        yield opened
-    finally:
-        opened.close()
-
-
-OPENERS: dict[str, Callable[[Path], AbstractAsyncContextManager[Store]]] = {"owner": owner}
-
-
-@pytest.fixture(params=OPENERS)
-async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
-    async with OPENERS[request.param](tmp_path) as opened:
-        yield opened
-
-
 _ops = count()
 
 
 def op() -> str:
     return f"op-{next(_ops)}"
-
-
-def key(name: str, tenant: str = "acme", tier: str = "free", at: float = 5.25) -> Key:
-    return Key(name, tenant, tier, secret_sha256="ab" * 32, created_at=at)
 
 
 def collection(name: str, tenant: str = "acme", uuid: str = "") -> Collection:
@@ -67,37 +40,6 @@ def writes(*pairs: tuple[str, int]) -> list[DocumentWrite]:
 
 async def made(store: Store) -> str:
     return (await store.create_collection(op(), collection(f"c{next(_ops)}"))).uuid
-
-
-# Keys
-
-
-async def test_a_key_is_found_as_it_was_made(store: Store):
-    await store.create_key(op(), key("k1"))
-    assert await store.find_key("k1") == key("k1")
-    assert await store.find_key("k2") is None
-
-
-async def test_a_new_key_sets_the_tier_of_all_its_tenants_keys(store: Store):
-    await store.create_key(op(), key("k1", tier="free"))
-    await store.create_key(op(), key("other", tenant="else", tier="free"))
-    await store.create_key(op(), key("k2", tier="premium"))
-    tiers = {each.id: each.tier for each in await store.list_keys()}
-    assert tiers == {"k1": "premium", "k2": "premium", "other": "free"}
-
-
-async def test_keys_are_listed_by_tenant_and_age(store: Store):
-    for each in (key("a", at=2), key("b", at=1), key("c", tenant="aaa", at=9)):
-        await store.create_key(op(), each)
-    assert [each.id for each in await store.list_keys()] == ["c", "b", "a"]
-
-
-async def test_a_key_id_is_taken_once(store: Store):
-    await store.create_key(op(), key("k1"))
-    with pytest.raises(Conflict) as caught:
-        await store.create_key(op(), key("k1", tenant="thief", tier="enterprise"))
-    assert caught.value.param == "id"
-    assert await store.find_key("k1") == key("k1")
 
 
 # Collections
@@ -347,7 +289,7 @@ async def test_a_repeated_operation_returns_the_first_result(store: Store):
     docs = collection("docs")
     repeated = op()
     for _ in range(2):
-        await store.create_key(repeated, key("k1"))
+        await store.create_key(repeated, Key("k1", "acme", "free", "ab" * 32, 5.25))
     repeated = op()
     for _ in range(2):
         assert await store.create_collection(repeated, docs) == docs

@@ -22,7 +22,7 @@ def engine() -> Iterator[sa.Engine]:
     made = sa.create_engine("sqlite://")
     with made.begin() as conn:
         schema.create(conn, 0.0)
-        catalog.create(conn, COLLECTION)
+        catalog.create(conn, COLLECTION, None)
     yield made
     made.dispose()
 

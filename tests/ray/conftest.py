@@ -1,4 +1,4 @@
-"""One Ray cluster for the tier: its own temp dir and ports, the fake engine, two embedders."""
+"""One Ray cluster for the tier: its own temp dir and ports, the fake engine, two ingress replicas."""
 
 import asyncio
 import os
@@ -7,9 +7,10 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import httpx
 import pytest
@@ -17,10 +18,12 @@ import ray
 import ray.serve
 
 from deployments.app import build
-from deployments.handles import StorePort
-from serve.admission.keys import new_key
+from deployments.local import operators
 from serve.config import Actors, Batch, Ingress, Limits, Model, Pool, Settings
+from serve.flows.operators import MadeKey, OperatorFlow
 
+
+T = TypeVar("T")
 
 MODEL = Model(
     id="fake",
@@ -47,9 +50,24 @@ class Whole:
     url: str
     keys: dict[str, str]
 
-    def client(self, tier: str = "enterprise") -> httpx.Client:
-        headers = {"authorization": f"Bearer {self.keys[tier]}"}
+    def client(self, tier: str = "enterprise", *, key: str | None = None) -> httpx.Client:
+        """With the key given, else with that of the tier's own tenant."""
+        headers = {"authorization": f"Bearer {key or self.keys[tier]}"}
         return httpx.Client(base_url=self.url, headers=headers, timeout=90)
+
+    def operate(self, ask: Callable[[OperatorFlow], Awaitable[T]]) -> T:
+        """As the command line does it."""
+
+        async def asked() -> T:
+            return await ask(operators(self.settings))
+
+        return asyncio.run(asked())
+
+    def key(self, tenant: str, tier: str = "enterprise", **options: Any) -> MadeKey:
+        """A key of a tenant, which is made when it is new."""
+        return self.operate(
+            lambda flow: flow.create_key("test", tenant=tenant, tier=tier, **options)
+        )
 
     @staticmethod
     def until(condition: Callable[[], bool], *, timeout_s: float = 60) -> float:
@@ -60,16 +78,11 @@ class Whole:
             time.sleep(0.1)
         return time.monotonic() - began
 
-    @staticmethod
-    def kill(title: str) -> None:
+    @classmethod
+    def kill(cls, title: str) -> None:
         """`kill -9` of one process of this cluster: Ray names its workers after their class."""
-        raylet = ray._private.worker.global_worker.node.get_session_dir_path()
-        found = [
-            int(folder.name)
-            for folder in Path("/proc").glob("[0-9]*")
-            if _title(folder.name).startswith(title) and raylet in _title(_parent(folder.name))
-        ]
-        assert found, f"no process {title!r} in {raylet}"
+        found: list[int] = []
+        cls.until(lambda: found.extend(_workers(title)) or bool(found), timeout_s=10)
         os.kill(found[0], signal.SIGKILL)
 
     def deploy(self, settings: Settings) -> None:
@@ -94,6 +107,16 @@ class Whole:
         return handle.stats.remote().result(timeout_s=20)
 
 
+def _workers(title: str) -> list[int]:
+    """At a bad moment none: Ray renames a worker at every call, letter by letter."""
+    raylet = ray._private.worker.global_worker.node.get_session_dir_path()
+    return [
+        int(folder.name)
+        for folder in Path("/proc").glob("[0-9]*")
+        if _title(folder.name).startswith(title) and raylet in _title(_parent(folder.name))
+    ]
+
+
 def _title(pid: str) -> str:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
@@ -112,22 +135,10 @@ def settings_in(folder: Path) -> Settings:
     return Settings(
         data_dir=str(folder),
         pools=(Pool(models=(MODEL,), replicas=1, cpus=0.5, batch=Batch(tokens_max=512)),),
-        ingress=Ingress(tokenizer_threads=1),
+        ingress=Ingress(tokenizer_threads=1, replicas=2),
         limits=Limits(bulk_deadline_s=60),
         actors=Actors(orphan_grace_s=6, drain_s=5),
     )
-
-
-def make_keys(settings: Settings) -> dict[str, str]:
-    async def make() -> dict[str, str]:
-        store, made = StorePort(settings), {}
-        for tier in settings.admission.tiers:
-            key, text = new_key(f"tenant-{tier}", tier, time.time())
-            await store.create_key(f"make-{key.id}", key)
-            made[tier] = text
-        return made
-
-    return asyncio.run(make())
 
 
 @pytest.fixture(scope="package")
@@ -155,7 +166,9 @@ def service(cluster: int, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     settings = settings_in(tmp_path_factory.mktemp("data"))
     service = Whole(settings, f"http://127.0.0.1:{cluster}", {})
     service.deploy(settings)
-    service.keys = make_keys(settings)
+    service.keys = {
+        tier: service.key(f"tenant-{tier}", tier).secret for tier in settings.admission.tiers
+    }
     return service
 
 

@@ -7,10 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from deployments.actors import STORE, UPSERTER, living, name_of
+from deployments.actors import LEDGER, STORE, UPSERTER, living, name_of
 
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(150)]
+
+ROLES = (STORE, UPSERTER, LEDGER)
 
 
 def embed(client: httpx.Client, *texts: str) -> httpx.Response:
@@ -46,6 +48,7 @@ def test_a_departed_caller_leaves_nothing_in_the_queue(whole):
             client.post(
                 "/v1/embeddings",
                 json={"model": "fake", "input": ["a long text " * 30] * 500},
+                headers={"x-deadline-ms": "60000"},
                 timeout=1.5,
             )
         dropped = whole.embedder_stats()
@@ -153,11 +156,11 @@ def test_a_new_deployment_takes_over_and_a_deleted_one_leaves_no_orphan(whole):
         client.post("/v1/collections", json={"name": "kept"})
         document = {"id": "a", "text": "water over the wheel"}
         client.post("/v1/collections/kept/documents", json={"documents": [document]})
-        old = {role: living(role) for role in (STORE, UPSERTER)}
+        old = {role: living(role) for role in ROLES}
 
         limits = whole.settings.limits.model_copy(update={"top_k_max": 7})
         whole.deploy(whole.settings.model_copy(update={"limits": limits}))
-        for role in (STORE, UPSERTER):
+        for role in ROLES:
             assert living(role) == [name_of(role, whole.settings)]
             assert living(role) != old[role]
 
@@ -170,4 +173,4 @@ def test_a_new_deployment_takes_over_and_a_deleted_one_leaves_no_orphan(whole):
         assert again.json()["data"][0]["generation"] == 2
 
     whole.delete()
-    whole.until(lambda: not living(STORE) and not living(UPSERTER), timeout_s=40)
+    whole.until(lambda: not any(living(role) for role in ROLES), timeout_s=40)

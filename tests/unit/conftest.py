@@ -34,7 +34,6 @@ def call(*inputs: Input, tenant="ann", **fields) -> EmbedCall:
         "inputs": inputs,
         "tokens": tuple(len(one.ids) for one in inputs),
         "deadline_s": 10.0,
-        "queued_tokens_max": 1_000_000,
     }
     return EmbedCall(**(values | fields))
 
@@ -97,11 +96,19 @@ class Spy:
 class Rig:
     """A batcher with one or two spied engines, on frozen time and a device that can be held.
 
-    The pace is that of the engines: 1 ms a padded token (`m`) and 10 ms (`n`).
+    The pace is that of the engines: 1 ms a padded token (`m`) and 10 ms (`n`), and `overhead_s`
+    for each batch.
     """
 
-    def __init__(self, clock, *, device: Executor | None = None, faults=None, **batch) -> None:
-        self.engines = {model.id: Spy(model, clock, faults) for model in (MODEL, OTHER)}
+    def __init__(
+        self, clock, *, device: Executor | None = None, faults=None, overhead_s=0.0, **batch
+    ) -> None:
+        self.overhead_s = overhead_s
+        models = [
+            model.model_copy(update={"fake_ms_per_batch": overhead_s * 1e3})
+            for model in (MODEL, OTHER)
+        ]
+        self.engines = {model.id: Spy(model, clock, faults) for model in models}
         self.spy = self.engines["m"]
         self.probed: list[str] = []
         self.device = device or Device()
@@ -123,7 +130,7 @@ class Rig:
 
     def warm_times(self, model_id: str) -> list[tuple[int, float]]:
         token_s = {"m": 0.001, "n": 0.01}[model_id]
-        return [(8, 8 * token_s), (1000, 1000 * token_s)]
+        return [(size, self.overhead_s + size * token_s) for size in (8, 1000)]
 
     def probe(self, model_id: str) -> None:
         self.probed.append(model_id)

@@ -8,7 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from serve.errors import DeadlineExceeded, Internal, NotFound, Overloaded, QuotaExceeded
+from serve.errors import (
+    BadInput,
+    DeadlineExceeded,
+    Internal,
+    NotFound,
+    Overloaded,
+    QuotaExceeded,
+)
 from serve.records import EmbedReply, Input
 
 
@@ -117,6 +124,34 @@ async def test_a_hand_out_is_bounded_in_predicted_time(rig):
     await one.release()
     # 50 ms at 1 ms a token; the first batch is the occupant's
     assert [len(batch) for batch in one.spy.batches] == [1, *[5] * 6]
+
+
+async def test_padding_and_the_fixed_time_of_batches_count_in_a_hand_out(rig, clock):
+    """On a device with 10 ms a batch: what is handed out at once takes the target at most."""
+    one = rig(target_ms=100, tokens_min=8, tokens_max=10_000, overhead_s=0.01)
+    await one.hold()
+    sizes = [40, 5, 3, 38, 4, 20] * 8
+    for number, size in enumerate(sizes):
+        await one.start(of_length(size), tenant=f"t{number}")
+    took, began, handouts = [], clock(), one.batcher.tally.handouts
+    while one.device.waiting:
+        await one.device.step()
+        if one.batcher.tally.handouts > handouts:
+            took.append(clock() - began)
+            began, handouts = clock(), one.batcher.tally.handouts
+    await one.release()
+    assert max(took) <= 0.1 + 1e-9
+    assert sum(took[1:-1]) / len(took[1:-1]) > 0.07  # and it is used
+    assert len(one.spy.seen) == 1 + len(sizes)
+
+
+async def test_a_short_text_is_not_padded_to_the_long_ones_it_is_handed_out_with(rig):
+    one = rig(target_ms=1000, overhead_s=0.01)
+    await one.hold()
+    for number, size in enumerate((200, 10, 195, 12)):
+        await one.start(of_length(size), tenant=f"t{number}")
+    await one.release()
+    assert [sorted(map(len, batch)) for batch in one.spy.batches] == [[1], [10, 12], [195, 200]]
 
 
 async def test_a_hand_out_may_always_hold_tokens_min(rig):
@@ -286,13 +321,14 @@ async def test_the_model_never_sees_the_work_of_a_caller_who_left(rig):
 async def test_what_left_of_a_hand_out_between_batches_is_not_run(rig):
     one = rig(tokens_min=100, tokens_max=100, target_ms=1000)
     await one.hold()
-    stays = await one.start(of_length(100, 3), tenant="bob")
-    leaves = await one.start(of_length(90, BAD))
+    stays = await one.start(of_length(90, 3), tenant="bob")
+    leaves = await one.start(of_length(100, BAD))
     await one.device.step()  # the occupant's; both are handed out, in two batches
     await one.leave(leaves)
     await one.release()
     await stays
     assert one.spy.seen == [9, 3]
+    assert one.batcher.tally.dropped == 1
 
 
 async def test_a_caller_who_leaves_in_the_midst_frees_the_rest(rig):
@@ -331,16 +367,28 @@ async def test_the_time_of_its_own_work_does_not_count_against_the_deadline(rig)
 
 
 async def test_a_tenants_own_cap_is_told_with_the_wait(rig):
-    one = rig()
+    one = rig(tenant_tokens_max=1500)
     await one.hold()
     await one.start(of_length(500), of_length(400), of_length(500), deadline_s=60)
     await one.start(of_length(400), tenant="bob")
     with pytest.raises(QuotaExceeded) as caught:
-        await one.ask(of_length(200), queued_tokens_max=1500)
-    assert (caught.value.code, caught.value.status) == ("queued_tokens", 429)
-    assert caught.value.retry_after_s == pytest.approx(1.8)  # 1,800 tokens wait, hers last
+        await one.ask(of_length(200))
+    assert (caught.value.code, caught.value.status) == ("queue_full", 429)
+    # 1,800 tokens wait, hers last, and 1 is at the model
+    assert caught.value.retry_after_s == pytest.approx(1.801)
     assert "1400" in caught.value.message
-    await one.start(of_length(100), queued_tokens_max=1500, deadline_s=60)
+    await one.start(of_length(100), deadline_s=60)
+    await one.release()
+
+
+async def test_a_tenants_own_inputs_are_bounded_over_both_classes(rig):
+    one = rig(tenant_items_max=3)
+    await one.hold()
+    await one.start(ids(1), ids(2))
+    await one.start(ids(1), klass="bulk")
+    with pytest.raises(QuotaExceeded, match="3 inputs wait already"):
+        await one.ask(ids(1))
+    await one.start(ids(1), tenant="bob")
     await one.release()
 
 
@@ -359,17 +407,18 @@ async def test_the_whole_queue_is_bounded_in_tokens_and_inputs(rig):
     await one.ask(ids(1), tenant="eve")
 
 
-@pytest.mark.parametrize("cap", ["tenant", "tokens", "items"])
+CAPS = [f"{whose}_{word}_max" for whose in ("tenant", "queue") for word in ("tokens", "items")]
+
+
+@pytest.mark.parametrize("cap", CAPS)
 async def test_refusal_does_not_depend_on_packing(rig, cap):
     """A call of n inputs and n calls of one are admitted alike."""
-    limits = {"tokens": {"queue_tokens_max": 100}, "items": {"queue_items_max": 10}}.get(cap, {})
-    own = 100 if cap == "tenant" else 10**6
 
     async def fill(sizes: list[int]) -> int:
-        one = rig(**limits)
+        one = rig(**{cap: 100 if "tokens" in cap else 10})
         await one.hold()
         for size in sizes:
-            await one.start(*(of_length(10) for _ in range(size)), queued_tokens_max=own)
+            await one.start(*(of_length(10) for _ in range(size)))
         waiting = one.batcher.queued_items
         await one.release()
         outcomes = await asyncio.gather(*one.tasks, return_exceptions=True)
@@ -379,13 +428,18 @@ async def test_refusal_does_not_depend_on_packing(rig, cap):
     assert await fill([1] * 15) == 10
     assert await fill([5] * 3) == 10
     assert await fill([10, 1]) == 10
+    assert await fill([11, 10]) == 10
 
 
-async def test_a_call_above_a_cap_passes_when_nothing_waits(rig):
-    """Otherwise it could never pass."""
-    one = rig(queue_tokens_max=50, queue_items_max=1)
-    reply = await one.ask(of_length(90), of_length(90), queued_tokens_max=20)
-    assert len(reply.vectors) == 2
+@pytest.mark.parametrize("cap", CAPS)
+async def test_what_can_never_wait_is_a_bad_request_busy_or_not(rig, cap):
+    one = rig(**{cap: 8 if "tokens" in cap else 2})
+    for tenant in ("ann", "bob"):
+        with pytest.raises(BadInput) as caught:
+            await one.ask(of_length(4), of_length(3), of_length(3), tenant=tenant)
+        assert (caught.value.code, caught.value.param) == ("tokens_exceed_queue", "input")
+        await one.hold()
+    await one.release()
 
 
 async def test_what_cannot_be_in_time_is_refused_at_once(rig):
@@ -393,9 +447,39 @@ async def test_what_cannot_be_in_time_is_refused_at_once(rig):
     await one.hold()
     for _ in range(30):
         await one.start(of_length(500), deadline_s=60)
-    with pytest.raises(Overloaded) as caught:
-        await one.ask(ids(1), deadline_s=10)
-    assert "15.0 s" in caught.value.message
-    assert caught.value.retry_after_s == pytest.approx(15)
-    await one.start(ids(1), deadline_s=10, tenant="bob")  # who has nothing waiting is not behind
+    for deadlines in ({"deadline_s": 10}, {"deadline_s": 60, "limit_s": 10}):
+        with pytest.raises(Overloaded) as caught:
+            await one.ask(ids(1), **deadlines)
+        assert "15.0 s" in caught.value.message
+        assert caught.value.retry_after_s == pytest.approx(15.001)
+    await one.start(ids(1), deadline_s=10, limit_s=1, tenant="bob")  # nothing of his waits
+    await one.release()
+
+
+async def test_the_hand_out_in_flight_is_part_of_the_wait(rig, clock):
+    one = rig(tokens_min=500, tokens_max=500)
+    one.device.held = True
+    await one.start(of_length(400))
+    with pytest.raises(Overloaded, match=r"0\.4 s"):
+        await one.ask(ids(1), limit_s=0.3, tenant="bob")
+    clock.advance(0.2)
+    assert not (await one.start(ids(1), limit_s=0.3, tenant="bob")).done()
+
+
+async def test_the_wait_is_told_by_what_full_hand_outs_took(rig, clock):
+    """Texts so short that their fixed part is most of their cost pass faster than it says."""
+    one = rig(item_overhead_tokens=90, items_max=10)
+    await one.hold()
+    for _ in range(100):
+        await one.start(*(of_length(10) for _ in range(10)), deadline_s=3600)
+
+    async def wait_s() -> float:
+        with pytest.raises(Overloaded) as caught:
+            await one.ask(ids(1), deadline_s=0)
+        return caught.value.retry_after_s
+
+    assert await wait_s() == pytest.approx(100, abs=1)  # 100 tokens for each of 1,000 texts
+    for _ in range(51):
+        await one.device.step()
+    assert await wait_s() == pytest.approx(0.1 * 50, rel=0.05)  # ten of which take 0.1 s
     await one.release()

@@ -4,7 +4,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from bench import fairness, http, texts
+from bench import crowd, fairness, handout, http, simulated, texts
 from bench.formula import FormulaQueue
 from bench.load import LOADS, Failed, Load, Sample, Target
 from bench.report import finish, jain, percentile, ratios, rounded, spread, table
@@ -134,17 +134,17 @@ def test_the_least_cosine_counts():
         http.cosine_min(one, one[:, :2])
 
 
-def played(queue_ms: float, tokens: int) -> fairness.Round:
+def played(queue_ms: float, tokens: int) -> simulated.Round:
     waits = {tier: Waits([queue_ms + 5], [queue_ms]) for tier in TIERS}
     cost = dict(zip(FLOODS.values(), (1, 4, 16, 2), strict=True))
     flooded = Phase(2.0, waits, {}, cost, [0.5])
     asked = Phase(1.0, tokens=dict.fromkeys(ASKERS, 7), cost={ASKERS[0]: 7})
-    return fairness.Round(Phase(1.0, waits), flooded, asked, Phase(2.0, tokens={"all": tokens}))
+    return simulated.Round(Phase(1.0, waits), flooded, asked, Phase(2.0, tokens={"all": tokens}))
 
 
-def test_fairness_reports_waits_shares_and_what_order_costs():
+def test_the_simulation_reports_waits_shares_and_what_order_costs():
     taken = {"fair": [played(10, 900)], "fifo": [played(500, 1000)], "formula": [played(90, 1000)]}
-    found = fairness.summary(taken)
+    found = simulated.summary(taken)
     assert found["queue_p95_ms"] == dict.fromkeys(TIERS, 10)
     assert found["p95_ms"] == dict.fromkeys(TIERS, 15)
     assert found["policies"]["fifo"]["queue_p95_ms"]["free"] == 500
@@ -155,7 +155,34 @@ def test_fairness_reports_waits_shares_and_what_order_costs():
     assert found["jain_of_cost"]["median"] == pytest.approx(1 / 6)
     assert found["tokens_s"]["max"] == 450
     assert found["handout_ms"] == {"p50": 0.5, "p95": 0.5}
-    assert "enterprise" in fairness.shown(found["policies"])
+    assert "enterprise" in simulated.shown(found["policies"])
+
+
+def test_fairness_reports_every_policy_beside_the_fair_queue():
+    def played_at(queue_ms: float, tokens_s: float) -> fairness.Round:
+        waits = {tier: crowd.Waits([queue_ms + 5], [queue_ms]) for tier in TIERS}
+        shares = {"flood-free": 1.0, "flood-premium": 4.1, "flood-enterprise": 15.9}
+        asked = {f"asks-{inputs}": 7.0 for inputs in crowd.ASKED}
+        return fairness.Round(waits, waits, [80.0, 90.0], tokens_s, shares, asked)
+
+    taken = {policy: [played_at(500, 1000)] for policy in crowd.POLICIES}
+    found = fairness.summary({**taken, "fair": [played_at(10, 980)]})
+    assert found["queue_p95_ms"] == dict.fromkeys(TIERS, 10)
+    assert found["call_ms"]["p99"]["free"] == 15
+    assert found["policies"]["serve_batch"]["queue_p95_ms"]["premium"] == 500
+    assert found["share_over_free"] == {"free": 1, "premium": 4.1, "enterprise": 15.9}
+    assert found["throughput_ratio"]["median"] == 0.98
+    assert found["jain"]["median"] == 1
+    assert found["handout_ms"]["p50"] == 80
+    assert "serve_batch" in fairness.shown(found)
+
+
+def test_a_targets_throughput_is_told_by_the_best_of_its_round():
+    short = handout.Sample([800.0, 450.0], [1.1, 1.1], [50.0])
+    long = handout.Sample([1000.0, 500.0], [1.0, 1.0], [900.0])
+    found = handout.summary({100.0: short, 1600.0: long})["targets"]
+    assert found["100"]["ratio_of_best"] == {"median": pytest.approx(0.85), "min": 0.8, "max": 0.9}
+    assert found["1600"]["ratio_of_best"]["min"] == 1
 
 
 def test_the_formula_puts_the_paying_first_until_age_tells(clock):

@@ -1,11 +1,13 @@
 """deployments.cli: commands, what they print, and their exit codes."""
 
+import asyncio
 import json
 import os
 import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +19,13 @@ import pytest
 from click.testing import CliRunner, Result
 
 import deployments
-from deployments import cli, cli_documents
+from deployments import cli, cli_documents, cli_operators
 from deployments.client import Client
 from deployments.places import Claim, Cluster, NotRunning, StartFailed
-from serve.admission.keys import new_key
+from serve.config import Store
 from serve.errors import StoreUnavailable
+from serve.flows.operators import OperatorFlow
+from serve.jobs.owner import StoreOwner
 
 
 CONFIG = str(Path(__file__).parents[2] / "config.yaml")
@@ -196,11 +200,11 @@ def test_search_without_a_service(service):
 class Local:
     """In place of deployments.local."""
 
-    def __init__(self) -> None:
+    def __init__(self, owner: StoreOwner) -> None:
         self.events: list[str] = []
         self.environment: dict[str, str] = {}
         self.port = 0
-        self.kept: list[Any] = []
+        self.owner = owner
         self.broken: Exception | None = None
 
     @contextmanager
@@ -227,20 +231,17 @@ class Local:
             raise self.broken
         yield
 
-    def create_keys(self, _settings: Any, wanted: Any, *, first_only: bool = False) -> list[Any]:
-        if first_only and self.kept:
-            return []
-        made = [new_key(tenant, tier, 0.0) for tenant, tier in wanted]
-        self.kept += [key for key, _ in made]
-        return made
+    def operators(self, settings: Any) -> OperatorFlow:
+        return OperatorFlow(settings, self.owner, self.owner, time.time)
 
-    def list_keys(self, _settings: Any) -> list[Any]:
-        return self.kept
+    def kept(self) -> list[Any]:
+        return asyncio.run(self.owner.list_keys())
 
 
 @pytest.fixture
-def local(monkeypatch) -> Iterator[Local]:
-    made = Local()
+def local(monkeypatch, tmp_path_factory) -> Iterator[Local]:
+    owner = StoreOwner(tmp_path_factory.mktemp("store") / "store.db", Store(), time.time)
+    made = Local(owner)
     before = dict(os.environ)
     monkeypatch.setitem(sys.modules, "deployments.local", made)
     monkeypatch.setattr(deployments, "local", made, raising=False)
@@ -248,6 +249,7 @@ def local(monkeypatch) -> Iterator[Local]:
     yield made
     os.environ.clear()
     os.environ.update(before)
+    owner.close()
 
 
 @pytest.fixture
@@ -278,20 +280,26 @@ def test_serve_starts_waits_and_stops(local, tmp_path, port):
 def test_the_first_start_shows_keys_once_and_what_to_try(local, tmp_path, port):
     done = start(tmp_path, port)
     keys = re.findall(r"^  (\w+) +(hr_\S+)$", done.stdout, re.MULTILINE)
-    assert [tier for tier, _ in keys] == ["free", "premium", "enterprise"]
-    assert [key.tenant for key in local.kept] == ["demo-free", "demo-premium", "demo-enterprise"]
+    assert [label for label, _ in keys] == ["free", "premium", "enterprise", "admin"]
+    kept = {key.tenant: key for key in local.kept()}
+    assert {tenant: (key.tier, key.role) for tenant, key in kept.items()} == {
+        "demo-free": ("free", "user"),
+        "demo-premium": ("premium", "user"),
+        "demo-enterprise": ("enterprise", "user"),
+        "operator": ("free", "admin"),
+    }
     assert f"curl -sS http://127.0.0.1:{port}/v1/embeddings" in done.stdout
-    assert f"-H 'Authorization: Bearer {keys[-1][1]}'" in done.stdout
+    assert f"-H 'Authorization: Bearer {dict(keys)['enterprise']}'" in done.stdout
     assert "ingest python:topics" in done.stdout
     again = start(tmp_path, port)
     assert "hr_" not in again.stdout
     assert "keys create --tenant NAME" in again.stdout
-    assert len(local.kept) == 3
+    assert len(local.kept()) == 4
 
 
 def test_demo_keys_can_be_left_out(local, tmp_path, port):
     assert "hr_" not in start(tmp_path, port, "--no-demo-keys").stdout
-    assert local.kept == []
+    assert local.kept() == []
 
 
 def test_the_fast_profile_warns_of_open_ports(local, tmp_path, port):
@@ -337,6 +345,19 @@ def keys(*arguments: str, **environment: str) -> Result:
     return run("keys", *arguments, "--config", CONFIG, **environment)
 
 
+@pytest.fixture
+def operate(local, cluster):
+    """A command on the cluster of the folder, as JSON; it must succeed."""
+
+    def command(*arguments: str) -> Any:
+        where = ("--config", CONFIG, "--data-dir", str(cluster), "--json")
+        done = run(*arguments, *where)
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    return command
+
+
 def test_a_key_is_made_in_the_running_cluster(local, cluster, monkeypatch):
     monkeypatch.delenv("RAY_AUTH_MODE")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -345,23 +366,93 @@ def test_a_key_is_made_in_the_running_cluster(local, cluster, monkeypatch):
     assert re.fullmatch(r"hr_\S+\n", done.stdout)
     assert local.events == ["connect 127.0.0.1:1"]
     assert local.environment["RAY_AUTH_MODE"] == "token"
-    assert [(key.tenant, key.tier) for key in local.kept] == [("acme", "free")]
+    assert [(key.tenant, key.tier, key.role) for key in local.kept()] == [("acme", "free", "user")]
 
 
-def test_keys_as_json(local, cluster):
-    folder = ("--data-dir", str(cluster))
-    made = keys("create", "--tenant", "acme", "--tier", "free", "--json", *folder)
-    row = json.loads(made.stdout)
-    assert row.pop("key").startswith(f"hr_{row['id']}_")
-    assert json.loads(keys("list", "--json", *folder).stdout) == [row]
+def test_a_key_from_its_making_to_its_end(operate, local):
+    limits = {"interactive": {"requests_per_minute": 60}}
+    made = operate(
+        *("keys", "create", "--tenant", "acme", "--tier", "free", "--admin", "--name", "ci"),
+        *("--limits", json.dumps(limits)),
+    )
+    assert made.pop("secret").startswith(f"hr_{made['id']}_")
+    assert (made["role"], made["name"], made["limits"]) == ("admin", "ci", limits)
+    (row,) = operate("keys", "list", "--tenant", "acme")
+    assert (row["id"], row["tier"], row["expires_at"]) == (made["id"], "free", None)
+    assert "secret" not in str(row)
+
+    successor = operate("keys", "rotate", made["id"], "--overlap", "60")
+    assert successor["secret"].startswith(f"hr_{successor['id']}_")
+    assert successor["family"] == made["id"]
+    assert len(operate("keys", "list")) == 2
+    assert (
+        operate("keys", "set", successor["id"], "--name", "ci 2", "--limits", "{}")["limits"] == {}
+    )
+    assert operate("keys", "revoke", made["id"]) == {"id": made["id"], "revoked": True}
+    (row,) = operate("keys", "list")
+    assert (row["id"], row["name"], row["role"]) == (successor["id"], "ci 2", "admin")
 
 
-def test_keys_are_listed_without_their_secret(local, cluster):
-    local.create_keys(None, [("acme", "free")])
-    done = keys("list", "--data-dir", str(cluster))
-    assert done.exit_code == 0
-    assert local.kept[0].id in done.stdout
-    assert local.kept[0].secret_sha256[:16] not in done.stdout
+def test_tenants_and_who_changed_what(operate):
+    limits = {"interactive": {"tokens_per_minute": None}, "tokens_per_month": 1000}
+    new = operate("tenants", "set", "acme", "--tier", "free", "--limits", json.dumps(limits))
+    assert (new["tenant"], new["tier"], new["limits"]) == ("acme", "free", limits)
+    assert operate("tenants", "set", "acme", "--tier", "premium")["limits"] == limits
+    operate("tenants", "set", "beta", "--tier", "free")
+    assert [one["tenant"] for one in operate("tenants", "list")] == ["acme", "beta"]
+    assert [one["tenant"] for one in operate("tenants", "list", "--after", "acme")] == ["beta"]
+    entries = operate("audit", "--tenant", "acme")
+    assert [entry["action"] for entry in entries] == ["tenant.set", "tenant.set"]
+    assert re.fullmatch(r"cli:[^@]+@\S+", entries[0]["by"])
+    assert operate("audit", "--before", str(entries[0]["number"])) == entries[1:]
+    assert len(operate("audit", "--limit", "1")) == 1
+
+
+def test_tables_are_for_people(operate, cluster):
+    key = operate("keys", "create", "--tenant", "acme", "--tier", "free", "--name", "[red]")
+    for command, words in (
+        (("keys", "list"), [key["id"], "[red]"]),
+        (("tenants", "list"), ["acme", "free"]),
+        (("audit",), ["key.create", "cli:"]),
+        (("keys", "set", key["id"], "--name", "b"), [key["id"], "limits of its tenant"]),
+        (("tenants", "set", "acme", "--tier", "premium"), ["acme: tier premium"]),
+        (("keys", "revoke", key["id"]), ["is revoked"]),
+    ):
+        done = run(*command, "--config", CONFIG, "--data-dir", str(cluster), COLUMNS="200")
+        assert done.exit_code == 0, done.output
+        assert [word for word in words if word not in done.stdout] == []
+        assert key["secret"].rpartition("_")[2] not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "word"),
+    [
+        (("keys", "create", "--tenant", "Acme!", "--tier", "free"), 2, "A tenant's name"),
+        (("keys", "create", "--tenant", "acme", "--tier", "gold"), 2, "no tier 'gold'"),
+        (("keys", "create", "--tenant", "acme"), 1, "needs a tier"),
+        (("keys", "create", "--tenant", "acme", "--tier", "free", "--limits", "[1]"), 2, "object"),
+        (("keys", "rotate", "0" * 16), 1, "no live key"),
+        (("keys", "rotate", "0" * 16, "--overlap", "-1"), 2, "An overlap"),
+        (("keys", "revoke", "0" * 16), 1, "not_found"),
+        (("keys", "set", "0" * 16), 2, "--name or --limits"),
+        (("keys", "set", "0" * 16, "--limits", '{"x": 1}'), 2, "limits.x"),
+        (("tenants", "set", "acme"), 2, "--tier or --limits"),
+        (("tenants", "set", "acme", "--limits", "{}"), 1, "needs a tier"),
+    ],
+)
+def test_what_an_operator_gets_wrong(local, cluster, command, code, word):
+    done = run(*command, "--config", CONFIG, "--data-dir", str(cluster))
+    assert (done.exit_code, done.stdout) == (code, ""), done.output
+    assert word in done.stderr
+    assert local.kept() == []
+
+
+def test_an_operator_without_a_name_is_a_number(monkeypatch):
+    def nameless() -> str:
+        raise KeyError("uid not found")
+
+    monkeypatch.setattr(cli_operators.getpass, "getuser", nameless)
+    assert cli_operators.operator() == f"cli:{os.getuid()}@{socket.gethostname()}"
 
 
 @pytest.mark.parametrize(
@@ -374,16 +465,6 @@ def test_keys_are_listed_without_their_secret(local, cluster):
 def test_another_cluster_may_be_named(local, more, environment, address):
     assert keys("list", *more, **environment).exit_code == 0
     assert local.events == [f"connect {address}"]
-
-
-@pytest.mark.parametrize(
-    ("tenant", "tier", "word"),
-    [("Acme!", "free", "--tenant"), ("acme", "gold", "'gold' is no tier")],
-)
-def test_a_key_of_a_wrong_tenant_or_tier(local, cluster, tenant, tier, word):
-    done = keys("create", "--tenant", tenant, "--tier", tier, "--data-dir", str(cluster))
-    assert (done.exit_code, local.events) == (2, [])
-    assert word in done.stderr
 
 
 def test_keys_without_a_cluster(local, tmp_path, monkeypatch):
@@ -425,4 +506,4 @@ def test_help_does_not_import_ray():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout.splitlines()[-1] == "False"
-    assert {"serve", "keys", "ingest", "search"} <= set(done.stdout.split())
+    assert {"serve", "keys", "tenants", "audit", "ingest", "search"} <= set(done.stdout.split())

@@ -2,10 +2,11 @@ import asyncio
 import itertools
 import logging
 import traceback
+from dataclasses import replace
 
 import pytest
 
-from serve.admission.keys import Door, hash_secret, new_key, parse
+from serve.admission.keys import Door, hash_secret, new_key, parse, require_admin, successor
 from serve.config import Admission
 from serve.errors import Forbidden, StoreUnavailable, Unauthorized
 from serve.records import Caller, Key
@@ -28,12 +29,6 @@ class Keys:
             raise StoreUnavailable("The Store is away.", retry_after_s=2)
         return self.known.get(key_id)
 
-    async def create_key(self, op: str, key: Key) -> None:
-        self.known[key.id] = key
-
-    async def list_keys(self) -> list[Key]:
-        return list(self.known.values())
-
 
 KEY, TEXT = new_key("acme", "premium", 1.0)
 SECRET = TEXT.split("_", 2)[2]
@@ -46,9 +41,13 @@ def keys() -> Keys:
     return Keys(KEY)
 
 
+WALL_S = 1_700_000_000.0
+
+
 def door(keys: Keys, clock, **settings) -> Door:
+    """The wall stands `WALL_S` ahead of the clock."""
     values = {"key_cache_s": 1, "key_stale_s": 60} | settings
-    return Door(keys, Admission(**values), clock=clock)
+    return Door(keys, Admission(**values), clock=clock, wall=lambda: WALL_S + clock())
 
 
 # --- the header -------------------------------------------------------------------------------
@@ -98,6 +97,29 @@ def test_new_keys_differ_parse_and_keep_no_secret():
         key_id, secret = parse(f"Bearer {text}")
         assert (key_id, hash_secret(secret)) == (key.id, key.secret_sha256)
         assert secret not in repr(key)
+        assert key.family == key.id
+
+
+def test_a_successor_is_all_but_id_secret_and_times_the_key():
+    limits = {"tokens_per_month": 5}
+    old, _ = new_key("acme", "free", 1.0, role="admin", name="Ann's", limits=limits)
+    old = replace(old, tenant_limits={"bulk": {}}, expires_at=9.0)
+    key, text = successor(old, 2.0)
+    assert parse(f"Bearer {text}")[0] == key.id
+    assert hash_secret(parse(f"Bearer {text}")[1]) == key.secret_sha256
+    assert key.id != old.id
+    assert key.secret_sha256 != old.secret_sha256
+    again = replace(key, id=old.id, secret_sha256=old.secret_sha256, expires_at=9.0)
+    assert again == replace(old, created_at=2.0)
+    assert (key.family, key.expires_at) == (old.id, None)
+    assert successor(key, 3.0)[0].family == old.id
+
+
+def test_only_an_admins_key_is_an_admins():
+    require_admin(replace(ACME, role="admin"))
+    with pytest.raises(Forbidden) as caught:
+        require_admin(ACME)
+    assert caught.value.code == "admin_required"
 
 
 # --- who it is --------------------------------------------------------------------------------
@@ -123,6 +145,53 @@ async def test_a_tier_that_is_not_configured_is_forbidden(clock):
     key, text = new_key("acme", "platinum", 1.0)
     with pytest.raises(Forbidden, match="'platinum'"):
         await door(Keys(key), clock).caller(f"Bearer {text}")
+
+
+async def test_a_rotated_key_is_the_same_payer(clock):
+    key, text = successor(KEY, 2.0)
+    assert await door(Keys(key), clock).caller(f"Bearer {text}") == ACME
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"tenant_limits": {"interactive": {"requests_burst": 5, "requests_per_minute": None}}},
+        {"tenant_limits": {"gone": 1}},
+        {"limits": {"tokens_per_month": -1}},
+    ],
+    ids=["tenant", "field", "key"],
+)
+async def test_limits_that_are_not_valid_any_more_are_forbidden(clock, limits):
+    front = door(Keys(replace(KEY, **limits)), clock)
+    for _ in range(2):
+        with pytest.raises(Forbidden, match="'acme'") as caught:
+            await front.caller(HEADER)
+        assert caught.value.code == "limits_not_valid"
+    with pytest.raises(Unauthorized):  # told to nobody without the secret
+        await front.caller(f"Bearer hr_{KEY.id}_{'a' * 43}")
+
+
+async def test_an_expired_key_is_refused_also_from_the_cache(clock):
+    expires_at = WALL_S + clock() + 0.5
+    front = door(Keys(replace(KEY, expires_at=expires_at)), clock)
+    assert await front.caller(HEADER) == ACME
+    clock.advance(0.499)
+    assert await front.caller(HEADER) == ACME
+    clock.advance(0.001)
+    with pytest.raises(Unauthorized):
+        await front.caller(HEADER)
+
+
+async def test_an_expired_key_is_refused_also_while_the_store_is_away(clock):
+    keys = Keys(replace(KEY, expires_at=WALL_S + clock() + 5))
+    front = door(keys, clock)
+    await front.caller(HEADER)
+    keys.away = True
+    clock.advance(4)
+    assert await front.caller(HEADER) == ACME
+    clock.advance(1)
+    with pytest.raises(Unauthorized):
+        await front.caller(HEADER)
 
 
 async def test_no_error_and_no_log_contains_the_secret(keys, clock, caplog):
@@ -170,10 +239,24 @@ async def test_a_revoked_key_ends_with_its_time(keys, clock):
         await front.caller(HEADER)
 
 
+async def test_the_default_lets_a_change_through_within_a_second():
+    assert Admission().key_cache_s < 1
+
+
+async def test_an_unchanged_key_keeps_its_caller_and_a_changed_one_does_not(keys, clock):
+    front = door(keys, clock)
+    first = await front.caller(HEADER)
+    clock.advance(1)
+    assert await front.caller(HEADER) is first
+    keys.known[KEY.id] = replace(KEY, tenant_limits={"tokens_per_month": 5})
+    clock.advance(1)
+    assert await front.caller(HEADER) is not first
+
+
 async def test_a_new_tier_counts_after_the_cached_time(keys, clock):
     front = door(keys, clock)
     await front.caller(HEADER)
-    keys.known[KEY.id] = Key(KEY.id, "acme", "enterprise", KEY.secret_sha256, 1.0)
+    keys.known[KEY.id] = replace(KEY, tier="enterprise")
     clock.advance(1)
     assert await front.caller(HEADER) == Caller("acme", "enterprise", 16, KEY.id)
 
@@ -185,7 +268,7 @@ async def test_an_unknown_id_is_asked_for_once_in_that_time(clock):
         with pytest.raises(Unauthorized):
             await front.caller(HEADER)
     assert len(keys.asked) == 1
-    await keys.create_key("op", KEY)
+    keys.known[KEY.id] = KEY
     clock.advance(1)
     assert await front.caller(HEADER) == ACME
 
@@ -307,3 +390,80 @@ async def test_a_stale_key_is_not_trusted_while_the_store_answers(keys, clock, w
     keys.gate.set()
     outcomes = await asyncio.gather(*tasks, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [Unauthorized] * 3
+
+
+# --- look-ups under way -----------------------------------------------------------------------
+
+
+async def begun(front: Door, *headers: str) -> list[asyncio.Task[Caller]]:
+    tasks = [asyncio.create_task(front.caller(header)) for header in headers]
+    for _ in range(3):
+        await asyncio.sleep(0)
+    return tasks
+
+
+async def test_requests_share_the_look_up_of_a_key(keys, clock):
+    other, text = new_key("else", "free", 1.0)
+    keys.known[other.id] = other
+    keys.gate = asyncio.Event()
+    tasks = await begun(door(keys, clock), *[HEADER] * 5, *[f"Bearer {text}"] * 5)
+    assert keys.asked == [KEY.id, other.id]
+    keys.gate.set()
+    callers = await asyncio.gather(*tasks)
+    assert [caller.tenant for caller in callers] == ["acme"] * 5 + ["else"] * 5
+
+
+async def test_a_caller_who_leaves_does_not_take_the_answer_along(keys, clock):
+    keys.gate = asyncio.Event()
+    first, second = await begun(door(keys, clock), HEADER, HEADER)
+    first.cancel()
+    await asyncio.sleep(0)
+    keys.gate.set()
+    assert await second == ACME
+    assert first.cancelled()
+    assert len(keys.asked) == 1
+
+
+@pytest.mark.parametrize("away", [True, False])
+async def test_when_all_have_left_the_answer_is_still_kept(keys, clock, away):
+    front = door(keys, clock)
+    keys.gate, keys.away = asyncio.Event(), away
+    (task,) = await begun(front, HEADER)
+    task.cancel()
+    keys.gate.set()
+    await asyncio.gather(task, return_exceptions=True)
+    await asyncio.sleep(0)
+    keys.away = False
+    assert await front.caller(HEADER) == ACME
+    assert len(keys.asked) == 1 + away
+    assert front._questions == {}
+
+
+async def test_a_failed_look_up_fails_all_who_share_it_and_is_forgotten(keys, clock):
+    front = door(keys, clock)
+    keys.gate, keys.away = asyncio.Event(), True
+    tasks = await begun(front, HEADER, HEADER)
+    keys.gate.set()
+    failed = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(one) for one in failed] == [StoreUnavailable] * 2
+    keys.away = False
+    assert await front.caller(HEADER) == ACME
+
+
+async def test_an_answer_to_an_old_question_is_not_good_enough(keys, clock):
+    """Who comes later than the trusted time after a slow question asks again: a change counts."""
+    front = door(keys, clock)
+    gates = keys.gate, later = asyncio.Event(), asyncio.Event()
+    (early,) = await begun(front, HEADER)
+    clock.advance(5)
+    (late,) = await begun(front, HEADER)
+    assert len(keys.asked) == 1  # one at a time
+    gates[0].set()
+    keys.gate = later
+    assert await early == ACME
+    await asyncio.sleep(0)
+    del keys.known[KEY.id]
+    later.set()
+    with pytest.raises(Unauthorized):
+        await late
+    assert len(keys.asked) == 2

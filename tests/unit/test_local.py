@@ -10,7 +10,6 @@ from ray.serve.schema import ApplicationStatus
 from deployments import local
 from deployments.places import DeployFile, StartFailed
 from serve.config import Settings
-from serve.records import Key
 
 
 FILE = DeployFile(
@@ -69,28 +68,3 @@ def test_the_wait_is_bounded(looks, monkeypatch):
     looks += [application("RUNNING")]
     with pytest.raises(StartFailed, match="not ready after 3 s"):
         local.wait_ready(FILE, 3, lambda _text: None)
-
-
-class Store:
-    """Keys in memory, in place of the port over the actor."""
-
-    def __init__(self) -> None:
-        self.kept: list[Key] = []
-
-    async def create_key(self, _op: str, key: Key) -> None:
-        self.kept.append(key)
-
-    async def list_keys(self) -> list[Key]:
-        return self.kept
-
-
-def test_demo_keys_are_made_for_an_empty_store_only(monkeypatch):
-    store = Store()
-    monkeypatch.setattr(local, "StorePort", lambda _settings: store)
-    wanted = [("demo-free", "free"), ("demo-premium", "premium")]
-    made = local.create_keys(Settings(), wanted, first_only=True)
-    assert [key for key, _ in made] == store.kept == local.list_keys(Settings())
-    assert [(key.tenant, key.tier) for key in store.kept] == wanted
-    assert local.create_keys(Settings(), wanted, first_only=True) == []
-    assert len(local.create_keys(Settings(), wanted)) == 2
-    assert len(store.kept) == 4

@@ -1,225 +1,289 @@
+"""The asyncio rim over a ledger in this process: who is admitted, told what, and when."""
+
 import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 
 import pytest
 
-from serve.admission.quotas import Dimension, Gcra, Quotas, dimensions
-from serve.config import Tier
+from serve.admission.bank import BankLedger
+from serve.admission.limits import limits_of
+from serve.admission.quotas import Quotas
+from serve.config import Allowance, Ledger, Quota
 from serve.errors import (
     BadInput,
     DeadlineExceeded,
     Internal,
+    LedgerUnavailable,
     NotFound,
     Overloaded,
     PoisonInput,
     QuotaExceeded,
+    StoreUnavailable,
 )
-from serve.records import Caller
+from serve.grants import Draw, Grant, Return
+from serve.records import Caller, UsageRow
 
 
-TIER = Tier(
-    weight=1,
-    requests_per_minute=60,
-    requests_burst=4,
-    tokens_per_minute=6000,
-    tokens_burst=1000,
-    bulk_tokens_per_minute=60_000,
-    bulk_tokens_burst=10_000,
-    queued_tokens_max=10_000,
-)
-ANN = Caller("ann", "free", 1, "k1")
-ANNS_OTHER_KEY = Caller("ann", "free", 1, "k2")
-BOB = Caller("bob", "free", 1, "k3")
-NOW = 1000.0
+LEDGER = Ledger(timeout_s=0.05, retry_s=0.01, tick_s=0.01, usage_flush_s=0.01)
+QUOTA = Quota(requests_per_minute=60, requests_burst=4, tokens_per_minute=6000, tokens_burst=1000)
+RUN_OUT = 1_796_083_199.0
+"""A second before December 2026 in UTC."""
 
 
-def new_quotas(replicas: int = 1, tenants_max: int = 100, tier: Tier = TIER) -> Quotas:
-    return Quotas({"free": tier}, replicas=replicas, tenants_max=tenants_max)
+class Books:
+    """A ledger and a Store that can be away."""
+
+    def __init__(self, clock, wall) -> None:
+        self.bank = BankLedger(LEDGER, keys_max=100, clock=clock, wall=wall)
+        self.away = self.hangs = self.store_away = False
+        self.exchanges = 0
+        self.months: list[str] = []
+        self.rows: list[UsageRow] = []
+        self.reported: dict[str, Sequence[UsageRow]] = {}
+
+    async def exchange(
+        self, op: str, replica: str, returns: Sequence[Return], draws: Sequence[Draw]
+    ) -> Sequence[Grant]:
+        self.exchanges += 1
+        if self.hangs:
+            await asyncio.Event().wait()
+        if self.away:
+            raise LedgerUnavailable
+        return await self.bank.exchange(op, replica, returns, draws)
+
+    async def month_usage(self, tenant: str, month: str) -> Sequence[UsageRow]:
+        self.months.append(month)
+        if self.store_away:
+            raise StoreUnavailable
+        return self.rows
+
+    async def report_usage(self, session: str, rows: Sequence[UsageRow]) -> None:
+        if self.store_away:
+            raise StoreUnavailable
+        self.reported[session] = rows
 
 
-def left(quotas: Quotas, now: float = NOW, klass="interactive") -> tuple[int, int]:
-    rates = quotas.rates(ANN, klass, now)
-    return rates["requests"].remaining, rates["tokens"].remaining
+class Town:
+    """Quotas of some replicas over the same books."""
+
+    def __init__(self, clock) -> None:
+        self.clock = clock
+        self.wall_now = RUN_OUT - 60
+        self.books = Books(clock, self.wall)
+        self.tasks: list[asyncio.Task] = []
+
+    def wall(self) -> float:
+        return self.wall_now
+
+    def replica(self, name: str = "a", *, runs: bool = True) -> Quotas:
+        quotas = Quotas(
+            self.books,
+            self.books,
+            LEDGER,
+            replica=name,
+            replicas=2,
+            owners_max=100,
+            clock=self.clock,
+            wall=self.wall,
+        )
+        if runs:
+            self.tasks.append(asyncio.create_task(quotas.run()))
+        return quotas
 
 
-def refusal(quotas: Quotas, tokens: int, now: float = NOW, caller=ANN) -> QuotaExceeded:
+@pytest.fixture
+async def town(clock) -> AsyncIterator[Town]:
+    town = Town(clock)
+    yield town
+    for task in town.tasks:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+def caller(
+    quota: Quota = QUOTA, *, tenant="ann", key="k", keys: Quota | None = None, month=None
+) -> Caller:
+    whole = Allowance(interactive=quota, bulk=Quota(concurrent_max=2), tokens_per_month=month)
+    mine = limits_of(f"t/{tenant}", "tenant", whole)
+    own = limits_of(f"k/{tenant}/{key}", "key", Allowance(interactive=keys or Quota()))
+    limits = {klass: (*mine[klass], *own[klass]) for klass in mine}
+    return Caller(tenant, "free", 1, key, limits=limits)
+
+
+ANN = caller()
+
+
+async def use(quotas: Quotas, tokens: int = 1, who: Caller = ANN, **more) -> None:
+    async with quotas.admitted(who, "interactive", tokens=tokens, **more):
+        pass
+
+
+async def refusal(quotas: Quotas, tokens: int = 1, who: Caller = ANN) -> QuotaExceeded:
     with pytest.raises(QuotaExceeded) as caught:
-        quotas.admit(caller, "interactive", tokens=tokens, now=now)
+        await use(quotas, tokens, who)
     return caught.value
 
 
-def test_the_burst_passes_at_once_and_no_more():
-    quotas = new_quotas()
+def left(quotas: Quotas, who: Caller = ANN) -> dict[str, int]:
+    return {rate.limit.name: rate.remaining for rate in quotas.rates(who, "interactive")}
+
+
+async def until(true) -> None:
+    """Let the background work go on until it has done that."""
+    async with asyncio.timeout(5):
+        while not true():  # noqa: ASYNC110 - ends within a tick or two of these settings
+            await asyncio.sleep(0.001)
+
+
+# --- admitted or refused ----------------------------------------------------------------------
+
+
+async def test_the_burst_passes_at_once_and_no_more(town):
+    quotas = town.replica()
     for _ in range(4):
-        quotas.admit(ANN, "interactive", tokens=1, now=NOW)
-    error = refusal(quotas, 1)
-    assert error.code == "requests_per_minute"
+        await use(quotas)
+    error = await refusal(quotas)
+    assert error.code == "tenant_requests_per_minute"
     assert error.retry_after_s == pytest.approx(1)
-    assert "requests_per_minute" in error.message
-    assert "60 a minute" in error.message
+    assert "tenant_requests_per_minute: 4 at once, 60 a minute. Try again in 1 s." in error.message
 
 
-def test_the_wait_is_exact():
-    quotas = new_quotas()
-    quotas.admit(ANN, "interactive", tokens=900, now=NOW)
-    error = refusal(quotas, 250)  # 150 tokens short at 100 a second
-    assert (error.code, error.retry_after_s) == ("tokens_per_minute", pytest.approx(1.5))
-    refusal(quotas, 250, NOW + 1.499)
-    quotas.admit(ANN, "interactive", tokens=250, now=NOW + error.retry_after_s)
+async def test_the_wait_is_exact(town):
+    quotas = town.replica()
+    await use(quotas, 900)
+    error = await refusal(quotas, 250)  # 150 tokens short at 100 a second
+    assert error.code == "tenant_tokens_per_minute"
+    assert error.retry_after_s == pytest.approx(1.5)
+    town.clock.advance(1.499)
+    await refusal(quotas, 250)
+    town.clock.advance(0.001)
+    await use(quotas, 250)
 
 
-def test_all_dimensions_are_charged_or_none():
-    quotas = new_quotas()
-    quotas.admit(ANN, "interactive", tokens=1000, now=NOW)
-    for _ in range(10):
-        refusal(quotas, 1)
-    assert left(quotas) == (3, 0)
+async def test_replicas_share_one_limit_and_tenants_do_not(town):
+    here, there = town.replica("a"), town.replica("b")
+    for quotas in (here, there, here, there):
+        await use(quotas)
+    await refusal(here)
+    await refusal(there)
+    await use(here, who=caller(tenant="bob"))
 
 
-def test_the_longest_wait_is_the_one_named():
-    quotas = new_quotas()
-    for _ in range(4):
-        quotas.admit(ANN, "interactive", tokens=250, now=NOW)
-    error = refusal(quotas, 500)
-    assert (error.code, error.retry_after_s) == ("tokens_per_minute", pytest.approx(5))
+async def test_a_key_has_limits_of_its_own(town):
+    quotas = town.replica()
+    who = caller(keys=Quota(requests_per_minute=60, requests_burst=1))
+    await use(quotas, who=who)
+    assert (await refusal(quotas, who=who)).code == "key_requests_per_minute"
+    await use(quotas, who=caller(key="other"))
 
 
-def test_tenants_are_apart_and_the_keys_of_one_are_together():
-    quotas = new_quotas()
-    quotas.admit(ANN, "interactive", tokens=1000, now=NOW)
-    quotas.admit(BOB, "interactive", tokens=1000, now=NOW)
-    refusal(quotas, 1, caller=ANNS_OTHER_KEY)
+async def test_the_preset_lets_a_hundred_pass_and_then_one_each_six_seconds(town):
+    who = caller(Quota(preset="bucket_100_10"))
+    replicas = [town.replica("a"), town.replica("b")]
+    for number in range(100):
+        await use(replicas[number % 2], who=who)
+    error = await refusal(replicas[0], who=who)
+    assert error.retry_after_s == pytest.approx(6)
+    assert left(replicas[0], who) == {"tenant_requests_per_minute": 0}
+    for number in range(5):
+        town.clock.advance(6)
+        await use(replicas[number % 2], who=who)
+        await refusal(replicas[0], who=who)
+        await refusal(replicas[1], who=who)
 
 
-def test_bulk_has_tokens_of_its_own_and_shares_requests():
-    quotas = new_quotas()
-    quotas.admit(ANN, "bulk", tokens=10_000, now=NOW)
-    assert left(quotas) == (3, 1000)
-    assert left(quotas, klass="bulk") == (3, 0)
-    with pytest.raises(QuotaExceeded) as caught:
-        quotas.admit(ANN, "bulk", tokens=1, now=NOW)
-    assert caught.value.code == "bulk_tokens_per_minute"
-
-
-def test_what_exceeds_the_burst_can_never_pass_and_is_no_429():
-    quotas = new_quotas()
+async def test_what_exceeds_a_burst_can_never_pass_and_is_no_429(town):
+    quotas = town.replica()
     with pytest.raises(BadInput) as caught:
-        quotas.admit(ANN, "interactive", tokens=1001, now=NOW)
-    assert (caught.value.param, caught.value.code) == ("input", "tokens_exceed_quota")
-    assert "1000" in caught.value.message
-    assert left(quotas) == (4, 1000)
-    quotas.admit(ANN, "interactive", tokens=1000, now=NOW)
+        await use(quotas, 1001, param="documents")
+    assert (caught.value.param, caught.value.code) == ("documents", "tokens_exceed_quota")
+    assert "1001 tokens; tenant_tokens_per_minute allows 1000 at once" in caught.value.message
+    await use(quotas, 1000)
 
 
-def test_one_request_of_n_tokens_and_n_of_one_are_admitted_alike():
-    """Refusal does not depend on packing: both get exactly the burst, and both then wait alike."""
-    roomy = TIER.model_copy(update={"requests_burst": 10_000, "requests_per_minute": 1e9})
-    packed, single = new_quotas(tier=roomy), new_quotas(tier=roomy)
-    for _ in range(10):
-        packed.admit(ANN, "interactive", tokens=100, now=NOW)
-    for _ in range(1000):
-        single.admit(ANN, "interactive", tokens=1, now=NOW)
-    for quotas in (packed, single):
-        assert left(quotas)[1] == 0
-        assert refusal(quotas, 100).retry_after_s == pytest.approx(1)
-        quotas.admit(ANN, "interactive", tokens=100, now=NOW + 1)
+async def test_no_more_than_so_many_at_once(town):
+    who, quotas = caller(Quota(concurrent_max=2, queued_tokens_max=100)), town.replica()
+    async with (
+        quotas.admitted(who, "interactive", tokens=10),
+        quotas.admitted(who, "interactive", tokens=10),
+    ):
+        error = await refusal(quotas, who=who)
+        assert (error.code, error.retry_after_s) == ("tenant_concurrent_requests", 1)
+        assert "2 at a time" in error.message
+    async with quotas.admitted(who, "interactive", tokens=95):
+        assert (await refusal(quotas, 6, who)).code == "tenant_queued_tokens"
+        await use(quotas, 5, who)
+    with pytest.raises(BadInput):
+        await use(quotas, 101, who)
 
 
-async def test_exactly_one_of_many_passes_on_the_last_unit():
-    quotas = new_quotas()
-    quotas.admit(ANN, "interactive", tokens=990, now=NOW)
+async def test_exactly_one_of_many_passes_on_the_last_unit(town):
+    replicas = [town.replica("a"), town.replica("b")]
+    await use(replicas[0], 990)
 
-    async def ask() -> bool:
-        await asyncio.sleep(0)
+    async def ask(number: int) -> bool:
         try:
-            with quotas.admitted(ANN, "interactive", tokens=10, now=NOW):
-                await asyncio.sleep(0)
+            await use(replicas[number % 2], 10)
         except QuotaExceeded:
             return False
         return True
 
-    assert sum(await asyncio.gather(*(ask() for _ in range(50)))) == 1
+    assert sum(await asyncio.gather(*(ask(number) for number in range(50)))) == 1
+
+
+async def test_a_class_without_limits_is_free(town):
+    quotas, who = town.replica(runs=False), Caller("ann", "free", 1, "k")
+    await use(quotas, 10**9, who)
+    assert (quotas.rates(who, "interactive"), town.books.exchanges) == ([], 0)
+
+
+async def test_what_is_covered_by_a_block_awaits_nothing(town):
+    quotas = town.replica()
+    who = caller(Quota(requests_per_minute=6000, concurrent_max=100))
+    await use(quotas, who=who)
+    await use(quotas, who=who)
+    coroutine = quotas.admitted(who, "interactive", tokens=1).__aenter__()
+    with pytest.raises(StopIteration):
+        coroutine.send(None)
+
+
+async def test_draws_of_requests_that_come_together_travel_together(town):
+    quotas = town.replica()
+    who = caller(Quota(requests_per_minute=60, requests_burst=60))
+    await until(lambda: town.books.exchanges == 1)
+    await asyncio.gather(*(use(quotas, who=who) for _ in range(20)))
+    assert town.books.exchanges <= 3
+
+
+# --- check ------------------------------------------------------------------------------------
+
+
+async def test_a_known_refusal_is_repeated_before_any_work(town):
+    quotas = town.replica()
+    quotas.check(ANN, "interactive")
+    for _ in range(4):
+        await use(quotas)
+    await refusal(quotas)
+    with pytest.raises(QuotaExceeded) as caught:
+        quotas.check(ANN, "interactive")
+    assert caught.value.retry_after_s == pytest.approx(1)
+    quotas.check(ANN, "bulk")
+    town.clock.advance(1)
+    quotas.check(ANN, "interactive")
+    assert quotas.tally.refused == {"tenant_requests_per_minute": 2}
+
+
+async def test_used_up_tokens_do_not_refuse_before_they_are_counted(town):
+    quotas = town.replica()
+    await use(quotas, 1000)
+    await refusal(quotas, 1)
+    quotas.check(ANN, "interactive")
+    await use(quotas, 0)
 
 
 # --- what is given back -----------------------------------------------------------------------
-
-
-def test_a_refund_gives_everything_back():
-    quotas = new_quotas()
-    permit = quotas.admit(ANN, "interactive", tokens=600, now=NOW)
-    assert left(quotas) == (3, 400)
-    quotas.refund(permit)
-    assert left(quotas) == (4, 1000)
-
-
-@pytest.mark.parametrize(("true_tokens", "remaining"), [(100, 900), (600, 400), (800, 200)])
-def test_the_true_count_is_settled(true_tokens, remaining):
-    quotas = new_quotas()
-    permit = quotas.admit(ANN, "interactive", tokens=600, now=NOW)
-    quotas.settle(permit, tokens=true_tokens)
-    assert left(quotas) == (3, remaining)
-
-
-def test_a_settled_debt_beyond_the_burst_is_waited_for():
-    quotas = new_quotas()
-    permit = quotas.admit(ANN, "interactive", tokens=1000, now=NOW)
-    quotas.settle(permit, tokens=1500)
-    assert left(quotas) == (3, 0)
-    assert refusal(quotas, 100).retry_after_s == pytest.approx(6)
-
-
-def test_a_late_refund_gives_no_credit():
-    """What was refilled meanwhile cannot be given back as well."""
-    quotas = new_quotas()
-    permit = quotas.admit(ANN, "interactive", tokens=1000, now=NOW)
-    later = NOW + 60
-    quotas.admit(ANN, "interactive", tokens=1000, now=later)
-    quotas.refund(permit)
-    assert left(quotas, later) == (3, 0)
-    refusal(quotas, 1, later)
-
-
-def test_a_refund_in_the_midst_of_the_refill_gives_back_the_rest():
-    quotas = new_quotas()
-    permit = quotas.admit(ANN, "interactive", tokens=1000, now=NOW)
-    quotas.admit(ANN, "interactive", tokens=300, now=NOW + 4)  # 400 were refilled
-    quotas.refund(permit)  # 600 were not: as if the first had never been, 700 are left
-    assert left(quotas, NOW + 4)[1] == 700
-
-
-def test_two_late_refunds_give_no_more_back_than_one_each():
-    gcra, limit = Gcra(keys_max=10), Dimension("tokens", interval_s=1, burst=30)
-    marks = []
-    for _ in range(2):
-        gcra.charge("ann", {limit: 10}, NOW)
-        marks.append(gcra.mark("ann", limit))
-    gcra.give_back("ann", limit, 10, mark=marks[0])
-    gcra.charge("ann", {limit: 1}, NOW + 9)  # one second of the second's ten is not refilled
-    gcra.give_back("ann", limit, 10, mark=marks[1])
-    assert gcra.rate("ann", limit, NOW + 9).remaining == 29
-    gcra.charge("ann", {limit: 10}, NOW + 9)
-    gcra.give_back("ann", limit, 10, mark=gcra.mark("ann", limit))
-    assert gcra.rate("ann", limit, NOW + 9).remaining == 29
-
-
-def test_a_debt_found_later_does_not_make_an_old_refund_larger():
-    gcra, limit = Gcra(keys_max=10), Dimension("tokens", interval_s=1, burst=30)
-    gcra.charge("ann", {limit: 10}, NOW)
-    old = gcra.mark("ann", limit)
-    gcra.charge("ann", {limit: 1}, NOW + 9)
-    gcra.give_back("ann", limit, -100, mark=gcra.mark("ann", limit))
-    gcra.give_back("ann", limit, 10, mark=old)  # nine of its ten were refilled
-    assert gcra.rate("ann", limit, NOW + 9).reset_s == pytest.approx(101)
-
-
-def test_a_refund_of_a_forgotten_tenant_is_no_credit():
-    gcra = Gcra(keys_max=1)
-    limit = Dimension("tokens", interval_s=1, burst=10)
-    gcra.charge("ann", {limit: 10}, NOW)
-    mark = gcra.mark("ann", limit)
-    gcra.charge("bob", {limit: 1}, NOW)
-    gcra.give_back("ann", limit, 10, mark=mark)
-    assert gcra.rate("ann", limit, NOW).remaining == 10
-    assert gcra.rate("bob", limit, NOW).remaining == 9
 
 
 @pytest.mark.parametrize(
@@ -234,106 +298,212 @@ def test_a_refund_of_a_forgotten_tenant_is_no_credit():
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_what_was_shed_or_failed_by_our_fault_is_given_back(error):
-    quotas = new_quotas()
-    with (
-        pytest.raises(type(error)),
-        quotas.admitted(ANN, "interactive", tokens=600, now=NOW),
-    ):
-        raise error
-    assert left(quotas) == (4, 1000)
+async def test_what_was_shed_or_failed_by_our_fault_is_given_back(town, error):
+    quotas = town.replica()
+    with pytest.raises(type(error)):
+        async with quotas.admitted(ANN, "interactive", tokens=600):
+            raise error
+    assert left(quotas) == {"tenant_requests_per_minute": 4, "tenant_tokens_per_minute": 1000}
+    for _ in range(4):
+        await use(quotas, 250)
 
 
 @pytest.mark.parametrize(
     "error", [BadInput("wrong"), NotFound("gone"), PoisonInput("bad")], ids=lambda e: type(e).code
 )
-def test_a_callers_own_fault_after_work_was_done_is_paid_for(error):
-    quotas = new_quotas()
-    with (
-        pytest.raises(type(error)),
-        quotas.admitted(ANN, "interactive", tokens=600, now=NOW),
-    ):
-        raise error
-    assert left(quotas) == (3, 400)
+async def test_a_callers_own_fault_after_work_was_done_is_paid_for(town, error):
+    quotas = town.replica()
+    with pytest.raises(type(error)):
+        async with quotas.admitted(ANN, "interactive", tokens=600):
+            raise error
+    assert left(quotas) == {"tenant_requests_per_minute": 3, "tenant_tokens_per_minute": 400}
 
 
-def test_success_is_paid_for():
-    quotas = new_quotas()
-    with quotas.admitted(ANN, "interactive", tokens=600, now=NOW) as permit:
-        assert (permit.tokens, left(quotas)) == (600, (3, 400))
-    assert left(quotas) == (3, 400)
+async def test_success_is_paid_for_by_its_true_count(town):
+    quotas = town.replica()
+    async with quotas.admitted(ANN, "interactive", tokens=600) as permit:
+        assert permit.tokens == 600
+        quotas.settle(permit, tokens=250)
+    assert left(quotas) == {"tenant_requests_per_minute": 3, "tenant_tokens_per_minute": 750}
+    await refusal(quotas, 751)
 
 
-def test_a_refusal_inside_admitted_refunds_nothing():
-    quotas = new_quotas()
-    quotas.admit(ANN, "interactive", tokens=900, now=NOW)
-    with (
-        pytest.raises(QuotaExceeded),
-        quotas.admitted(ANN, "interactive", tokens=600, now=NOW),
-    ):
-        pytest.fail("it must not run")
-    assert left(quotas) == (3, 100)
+async def test_one_who_leaves_while_waiting_is_not_charged(town):
+    town.books.hangs = True
+    quotas = town.replica()
+    waiting = asyncio.create_task(use(quotas, 900))
+    await until(lambda: quotas._futures)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    town.books.hangs = False
+    await until(lambda: quotas.tally.exchanges > 0)
+    town.clock.advance(0.1)
+    await until(lambda: not quotas.away)
+    await use(quotas, 1000)
 
 
 # --- what is left -----------------------------------------------------------------------------
 
 
-def test_rates_tell_limit_rest_and_time_to_full():
-    quotas = new_quotas()
-    fresh = quotas.rates(ANN, "interactive", NOW)["tokens"]
-    assert (fresh.limit, fresh.remaining, fresh.reset_s) == (1000, 1000, 0)
-    quotas.admit(ANN, "interactive", tokens=600, now=NOW)
-    used = quotas.rates(ANN, "interactive", NOW + 1)["tokens"]
-    assert (used.limit, used.remaining, used.reset_s) == (1000, 500, pytest.approx(5))
+async def test_rates_tell_every_limit_with_what_is_left_and_when_it_is_full(town):
+    quotas = town.replica()
+    who = caller(
+        QUOTA.model_copy(update={"concurrent_max": 3, "queued_tokens_max": 1000}), month=10_000
+    )
+    fresh = quotas.rates(who, "interactive")
+    assert [(rate.remaining, rate.reset_s) for rate in fresh] == [
+        (4, 0),
+        (1000, 0),
+        (3, 0),
+        (1000, 0),
+        (10_000, 61),
+    ]
+    async with quotas.admitted(who, "interactive", tokens=600):
+        town.clock.advance(1)
+        used = quotas.rates(who, "interactive")
+    assert [(rate.remaining, rate.reset_s) for rate in used] == [
+        (4, 0),
+        (500, pytest.approx(5)),
+        (2, 0),
+        (400, 0),
+        (9400, 61),
+    ]
 
 
-def test_what_rates_promise_is_granted():
-    quotas = new_quotas()
-    quotas.admit(ANN, "interactive", tokens=777, now=NOW)
-    for step in range(1, 4):
-        now = NOW + step * 0.37
-        tokens = left(quotas, now)[1]
+async def test_what_rates_promise_is_granted(town):
+    quotas = town.replica()
+    await use(quotas, 777)
+    for _ in range(3):
+        town.clock.advance(0.37)
+        tokens = left(quotas)["tenant_tokens_per_minute"]
         assert tokens > 0
-        quotas.admit(ANN, "interactive", tokens=tokens, now=now)
+        await use(quotas, tokens)
 
 
-def test_replicas_share_every_limit():
-    one, four = dimensions(TIER, "interactive", 1), dimensions(TIER, "interactive", 4)
-    assert [d.burst for d in one] == [4, 1000]
-    assert [d.burst for d in four] == [1, 250]
-    assert [d.interval_s for d in four] == [4 * d.interval_s for d in one]
+# --- months and usage -------------------------------------------------------------------------
 
 
-def test_two_ingresses_together_admit_no_more_than_the_limit():
-    replicas = [new_quotas(replicas=2) for _ in range(2)]
-    granted = 0
-    for step in range(2000):
-        now = NOW + step / 100
-        for quotas in replicas:
-            try:
-                quotas.admit(ANN, "interactive", tokens=1, now=now)
-            except QuotaExceeded:
-                continue
-            granted += 1
-    window_s = 1999 / 100
-    assert granted <= 4 + 1 * window_s
-    assert granted >= 4 + 1 * window_s - 2
+async def test_a_month_goes_on_from_what_the_store_counted(town):
+    town.books.rows = [
+        UsageRow("2026-11", "ann", "k", "interactive", 1, 300, 0),
+        UsageRow("2026-11", "ann", "other", "bulk", 1, 600, 9),
+    ]
+    quotas, who = town.replica(), caller(Quota(), month=1000)
+    await asyncio.gather(*(use(quotas, 10, who) for _ in range(9)))
+    error = await refusal(quotas, 11, who)
+    assert (error.code, error.retry_after_s) == ("tenant_tokens_per_month", None)
+    assert "1000 in a calendar month (UTC) are used up" in error.message
+    assert town.books.months == ["2026-11"]
+    town.wall_now = RUN_OUT + 2
+    await use(quotas, 1000, who)
+    await refusal(quotas, 1, who)
+    assert town.books.months == ["2026-11"]
 
 
-def test_a_replicas_burst_is_at_least_one():
-    requests, tokens = dimensions(TIER, "interactive", 5000)
-    assert (requests.burst, tokens.burst) == (1, 1)
+async def test_a_month_is_counted_without_the_store(town):
+    town.books.store_away = True
+    quotas, who = town.replica(), caller(Quota(), month=1000)
+    await use(quotas, 900, who)
+    await refusal(quotas, 101, who)
 
 
-def test_only_the_longest_unused_are_forgotten():
-    gcra = Gcra(keys_max=3)
-    limit = Dimension("tokens", interval_s=1, burst=10)
-    for owner in ("a", "b", "c"):
-        assert gcra.charge(owner, {limit: 10}, NOW) is None
-    assert gcra.charge("a", {limit: 1}, NOW + 1) is None
-    assert gcra.charge("d", {limit: 10}, NOW + 1) is None
-    left_of = {owner: gcra.rate(owner, limit, NOW + 1).remaining for owner in "abcd"}
-    assert left_of == {"a": 0, "b": 10, "c": 1, "d": 0}
-    for number in range(100):
-        gcra.charge(f"t{number}", {limit: 1}, NOW)
-    assert len(gcra._states) == 3
+async def test_usage_is_counted_and_reported(town):
+    quotas = town.replica()
+    await use(quotas, 600)
+    async with quotas.admitted(ANN, "interactive", tokens=300) as permit:
+        quotas.settle(permit, tokens=200)
+    with suppress(Overloaded):
+        async with quotas.admitted(ANN, "interactive", tokens=100):
+            raise Overloaded
+    await refusal(quotas, 900)
+    row = UsageRow("2026-11", "ann", "k", "interactive", 2, 800, 1)
+    await until(lambda: list(town.books.reported.values()) == [(row,)])
+    assert "2026-11-30" in next(iter(town.books.reported))
+    town.books.store_away = True
+    await use(quotas, 1)
+    town.wall_now = RUN_OUT + 2
+    await use(quotas, 2)
+    town.books.store_away = False
+    await until(lambda: len(town.books.reported) == 2)
+    (old,), (new,) = town.books.reported.values()
+    assert (old.requests, old.tokens) == (3, 801)
+    assert (new.month, new.tokens) == ("2026-12", 2)
+
+
+# --- without the Ledger -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["away", "hangs"])
+async def test_without_the_ledger_the_local_share_holds(town, way):
+    quotas = town.replica()
+    await use(quotas, 1)
+    await use(quotas, 1)
+    setattr(town.books, way, True)
+    town.clock.advance(0.01)
+    await until(lambda: quotas.away)
+    await use(quotas, 100)  # one of the two requests that were left
+    error = await refusal(quotas, 100)
+    assert error.code == "tenant_requests_per_minute"
+    assert error.retry_after_s == pytest.approx(2 - 0.01)
+    assert quotas.tally.local_grants == 1
+    failures = quotas.tally.failures
+    await until(lambda: quotas.tally.failures > failures)  # it tries again and again
+    setattr(town.books, way, False)
+    exchanges = quotas.tally.exchanges
+    await until(lambda: quotas.tally.exchanges > exchanges)
+    town.clock.advance(0.99)
+    await until(lambda: not quotas.away)
+    assert left(quotas)["tenant_requests_per_minute"] == 2
+    await use(quotas, 100)
+    await use(quotas, 100)
+    await refusal(quotas, 100)
+
+
+async def test_those_who_wait_for_a_ledger_that_hangs_are_answered_in_time(town):
+    quotas = town.replica()
+    town.books.hangs = True
+    async with asyncio.timeout(5):
+        await asyncio.gather(*(use(quotas, 10, caller(tenant=f"t{n}")) for n in range(9)))
+    assert quotas.tally.local_grants == 9
+
+
+async def test_nobody_hangs_when_nothing_runs_in_the_background(town):
+    quotas = town.replica(runs=False)
+    await use(quotas)
+    assert quotas.away
+    await use(quotas, who=caller(tenant="bob"))
+
+
+async def test_a_fault_in_the_background_is_logged_and_does_not_end_it(town, caplog):
+    quotas = town.replica()
+    good, town.books.bank = town.books.bank, None
+    await until(lambda: quotas.tally.failures > 1)
+    assert "an exchange with the ledger failed" in caplog.text
+    town.books.bank = good
+    await until(lambda: quotas.tally.exchanges > 0)
+
+
+async def test_close_gives_everything_back_and_reports_usage(town):
+    quotas = town.replica(runs=False)
+    who = caller(Quota(requests_per_minute=6000, concurrent_max=100), month=10**6)
+    running = asyncio.create_task(quotas.run())
+    await use(quotas, 10, who)
+    running.cancel()
+    with suppress(asyncio.CancelledError):
+        await running
+    await quotas.close()
+    free = {
+        limit.kind: town.books.bank._bank.free(limit, now=town.clock(), month="2026-11")
+        for limit in who.limits["interactive"]
+    }
+    assert free == pytest.approx({"rate": 5999, "level": 100, "month": 10**6 - 10})
+    (rows,) = town.books.reported.values()
+    assert [row.tokens for row in rows] == [10]
+
+
+async def test_close_does_not_wait_long_for_a_ledger_that_hangs(town):
+    quotas = town.replica(runs=False)
+    town.books.hangs = True
+    async with asyncio.timeout(5):
+        await quotas.close()

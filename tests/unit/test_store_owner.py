@@ -87,7 +87,7 @@ def exists(path: Path) -> bool:
 
 
 def key(name: str, tenant: str = "acme") -> Key:
-    return Key(name, tenant, "free", "ab" * 32, 1.0)
+    return Key(name, tenant, "free", "ab" * 32, 1.0, family=name)
 
 
 def collection(name: str = "docs", uuid: str = "0" * 32) -> Collection:
@@ -435,7 +435,7 @@ async def work(store, worker):
         print("document", f"d{worker}", version.generation, flush=True)
 
 async def main():
-    store = StoreOwner(Path(sys.argv[1]), Store(), time.time)
+    store = StoreOwner(Path(sys.argv[1]), Store(keys_max=10_000), time.time)
     await store.create_collection("c", Collection("0" * 32, "acme", "docs", "m", "r", 4, 1.0))
     await asyncio.gather(*(work(store, worker) for worker in range(8)))
 

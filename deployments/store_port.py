@@ -1,0 +1,145 @@
+"""The Store's ports over its actor."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from deployments.actors import STORE
+from deployments.handles import Named
+from serve.config import Settings
+from serve.errors import StoreUnavailable
+from serve.ports import Collections, Documents, Fence, Keys, Tenants, Usage
+from serve.records import (
+    AuditEntry,
+    Collection,
+    DocumentVersion,
+    DocumentWrite,
+    Key,
+    Tenant,
+    UsageRow,
+)
+
+
+class StorePort(Keys, Tenants, Usage, Collections, Documents, Fence):
+    """Implements them all by the actor's one method `call`. Each call also raises StoreUnavailable."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._named = Named(STORE, settings, StoreUnavailable)
+        self._timeout_s = settings.actors.call_timeout_s
+
+    async def _call(self, method: str, *args: Any) -> Any:
+        return await self._named.call("call", method, *args, timeout_s=self._timeout_s)
+
+    async def ready(self, timeout_s: float) -> bool:
+        """Whether it answers."""
+        return cast("bool", await self._named.call("ready", timeout_s=timeout_s))
+
+    async def find_key(self, key_id: str) -> Key | None:
+        """See Keys."""
+        return cast("Key | None", await self._call("find_key", key_id))
+
+    async def create_key(self, op: str, key: Key, by: str = "") -> None:
+        """See Keys."""
+        await self._call("create_key", op, key, by)
+
+    async def list_keys(self, tenant: str | None = None) -> Sequence[Key]:
+        """See Keys."""
+        return cast("Sequence[Key]", await self._call("list_keys", tenant))
+
+    async def rotate_key(
+        self, op: str, key_id: str, successor: Key, overlap_s: float, by: str
+    ) -> Key:
+        """See Keys."""
+        kept = await self._call("rotate_key", op, key_id, successor, overlap_s, by)
+        return cast("Key", kept)
+
+    async def change_key(
+        self, op: str, key_id: str, name: str | None, limits: Mapping[str, Any] | None, by: str
+    ) -> Key:
+        """See Keys."""
+        return cast("Key", await self._call("change_key", op, key_id, name, limits, by))
+
+    async def revoke_key(self, op: str, key_id: str, by: str) -> None:
+        """See Keys."""
+        await self._call("revoke_key", op, key_id, by)
+
+    async def find_tenant(self, tenant: str) -> Tenant | None:
+        """See Tenants."""
+        return cast("Tenant | None", await self._call("find_tenant", tenant))
+
+    async def list_tenants(self, after: str, limit: int) -> Sequence[Tenant]:
+        """See Tenants."""
+        return cast("Sequence[Tenant]", await self._call("list_tenants", after, limit))
+
+    async def set_tenant(
+        self, op: str, tenant: str, tier: str | None, limits: Mapping[str, Any] | None, by: str
+    ) -> Tenant:
+        """See Tenants."""
+        return cast("Tenant", await self._call("set_tenant", op, tenant, tier, limits, by))
+
+    async def list_audit(
+        self, tenant: str | None, before: int | None, limit: int
+    ) -> Sequence[AuditEntry]:
+        """See Tenants."""
+        return cast("Sequence[AuditEntry]", await self._call("list_audit", tenant, before, limit))
+
+    async def report_usage(self, session: str, rows: Sequence[UsageRow]) -> None:
+        """See Usage."""
+        await self._call("report_usage", session, rows)
+
+    async def month_usage(self, tenant: str, month: str) -> Sequence[UsageRow]:
+        """See Usage."""
+        return cast("Sequence[UsageRow]", await self._call("month_usage", tenant, month))
+
+    async def create_collection(self, op: str, collection: Collection) -> Collection:
+        """See Collections."""
+        return cast("Collection", await self._call("create_collection", op, collection))
+
+    async def find_collection(self, tenant: str, name: str) -> Collection | None:
+        """See Collections."""
+        return cast("Collection | None", await self._call("find_collection", tenant, name))
+
+    async def list_collections(self, tenant: str) -> Sequence[Collection]:
+        """See Collections."""
+        return cast("Sequence[Collection]", await self._call("list_collections", tenant))
+
+    async def delete_collection(self, op: str, tenant: str, name: str) -> Collection | None:
+        """See Collections."""
+        return cast("Collection | None", await self._call("delete_collection", op, tenant, name))
+
+    async def purge_collection(self, uuid: str) -> None:
+        """See Collections."""
+        await self._call("purge_collection", uuid)
+
+    async def deleted_collections(self) -> Sequence[Collection]:
+        """See Collections."""
+        return cast("Sequence[Collection]", await self._call("deleted_collections"))
+
+    async def begin_documents(
+        self, op: str, collection: str, writes: Sequence[DocumentWrite]
+    ) -> Sequence[DocumentVersion]:
+        """See Documents."""
+        versions = await self._call("begin_documents", op, collection, writes)
+        return cast("Sequence[DocumentVersion]", versions)
+
+    async def settle_documents(
+        self, collection: str, versions: Sequence[tuple[str, int, int]]
+    ) -> None:
+        """See Documents."""
+        await self._call("settle_documents", collection, versions)
+
+    async def delete_documents(
+        self, op: str, collection: str, documents: Sequence[str]
+    ) -> Sequence[DocumentVersion]:
+        """See Documents."""
+        versions = await self._call("delete_documents", op, collection, documents)
+        return cast("Sequence[DocumentVersion]", versions)
+
+    async def take_epoch(self, name: str, deploy_seq: int) -> int:
+        """See Fence."""
+        return cast("int", await self._call("take_epoch", name, deploy_seq))
+
+    async def superseded(
+        self, name: str, epoch: int, ns: str, versions: Mapping[str, int]
+    ) -> frozenset[str]:
+        """See Fence."""
+        return cast("frozenset[str]", await self._call("superseded", name, epoch, ns, versions))

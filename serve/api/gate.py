@@ -1,0 +1,52 @@
+"""The way in to every route that is charged, as plain ASGI: who asks, and may it go on?
+
+It stands before FastAPI's routing because a tenant over its limit may send any number of requests:
+refused here, before the body is read, one costs a fraction of what it would cost in a route.
+"""
+
+from collections.abc import Callable, Sequence
+from re import Pattern
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from serve.api.problems import respond
+from serve.api.service import Service
+from serve.errors import ServiceError
+from serve.records import Klass
+
+
+Charged = tuple[frozenset[str], Pattern[str], Klass]
+"""Methods and path of a route, and the class it is charged to."""
+
+
+class Gate:
+    """Notes the caller and the class of a charged route, or answers with the refusal."""
+
+    def __init__(
+        self, app: ASGIApp, *, service: Callable[[], Service], charged: Sequence[Charged]
+    ) -> None:
+        self._app = app
+        self._service = service
+        self._charged = tuple(charged)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        klass = self._klass(scope) if scope["type"] == "http" else None
+        if klass is not None:
+            service, state = self._service(), scope["state"]
+            state["klass"] = klass
+            try:
+                sent = dict(scope["headers"]).get(b"authorization", b"")
+                who = state["caller"] = await service.door.caller(sent.decode("latin-1"))
+                service.context.quotas.check(who, klass)
+            except ServiceError as error:
+                await respond(error, scope)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _klass(self, scope: Scope) -> Klass | None:
+        method, path = scope["method"], scope["path"]
+        for methods, pattern, klass in self._charged:
+            if method in methods and pattern.match(path):
+                return klass
+        return None

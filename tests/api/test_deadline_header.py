@@ -1,0 +1,234 @@
+"""`x-deadline-ms`: counted from the arrival of a request, over everything that is done for it."""
+
+import asyncio
+
+import pytest
+
+from serve.config import Limits
+
+
+EMBED = {"model": "plain", "input": "hello"}
+BOOKS = "/v1/collections/books"
+
+
+def due(ms):
+    return {"x-deadline-ms": str(ms)}
+
+
+def code(response):
+    body = response.json()
+    return response.status_code, body.get("error", body)["code"]
+
+
+def requests_left(response):
+    return int(response.headers["x-ratelimit-remaining-requests"])
+
+
+def tokens_left(response):
+    return int(response.headers["x-ratelimit-remaining-tokens"])
+
+
+@pytest.fixture
+async def books(client):
+    assert (await client.post("/v1/collections", json={"name": "books"})).status_code == 201
+    return client
+
+
+def sleeps(whole, seconds):
+    async def before():
+        whole.clock.advance(seconds)
+
+    whole.embedder.before = before
+
+
+def hangs(whole):
+    async def before():
+        await asyncio.Event().wait()
+
+    whole.embedder.before = before
+
+
+def writes(client, **headers):
+    documents = {"documents": [{"id": "1", "text": "tide"}]}
+    return client.post(f"{BOOKS}/documents", json=documents, headers=headers)
+
+
+async def test_only_whole_milliseconds_in_range_are_a_deadline(books, subtests):
+    for text in ("0", "-1", "1.5", "1e3", "", "soon", "+5", "290001", "9" * 50, "\u0661"):
+        for method, url, body in (
+            ("POST", "/v1/embeddings", EMBED),
+            ("POST", f"{BOOKS}/search", {"text": "tide"}),
+            ("POST", f"{BOOKS}/documents", {"documents": [{"id": "1", "text": "tide"}]}),
+            ("DELETE", f"{BOOKS}/documents", {"ids": ["1"]}),
+        ):
+            with subtests.test(text=text, url=url):
+                headers = {"x-deadline-ms": text.encode()}
+                answer = await books.request(method, url, json=body, headers=headers)
+                told = answer.json()
+                assert answer.status_code == 400
+                assert told.get("error", told)["param"] == "x-deadline-ms"
+    assert (await books.post("/v1/embeddings", json=EMBED, headers=due(290_000))).status_code == 200
+
+
+async def test_the_longest_deadline_is_a_setting(start):
+    whole = await start(limits=Limits(deadline_s_max=0.5))
+    client = await whole.client()
+    refused = await client.post("/v1/embeddings", json=EMBED, headers=due(501))
+    assert "from 1 to 500" in refused.json()["error"]["message"]
+    assert (await client.post("/v1/embeddings", json=EMBED, headers=due(500))).status_code == 200
+
+
+async def test_calls_carry_what_is_left_of_it(books, whole):
+    await books.post("/v1/embeddings", json=EMBED)
+    await books.post("/v1/embeddings", json=EMBED, headers=due(30_000))
+    await books.post(f"{BOOKS}/search", json={"text": "tide"}, headers=due(20_000))
+    await writes(books, **due(250_000))
+    told = [(call.deadline_s, call.limit_s) for call in whole.embedder.calls]
+    assert told == [(10, None), (30, 30), (20, 20), (250, 250)]
+
+
+async def test_reading_the_body_counts(whole):
+    async def slowly():
+        yield b'{"model": "plain",'
+        whole.clock.advance(2)
+        yield b'"input": "hello"}'
+
+    client = await whole.client()
+    answer = await client.post("/v1/embeddings", content=slowly(), headers=due(5_000))
+    assert answer.status_code == 200
+    assert [call.limit_s for call in whole.embedder.calls] == [3]
+    late = await client.post("/v1/embeddings", content=slowly(), headers=due(2_000))
+    assert code(late) == (504, "deadline_exceeded")
+    assert len(whole.embedder.calls) == 1
+
+
+async def test_tokenising_counts(whole, monkeypatch):
+    client = await whole.client()
+    tokenizer = whole.service.context.models.find("plain").tokenizer
+    encode = type(tokenizer).encode
+
+    def slow(self, texts):
+        whole.clock.advance(2)
+        return encode(self, texts)
+
+    monkeypatch.setattr(type(tokenizer), "encode", slow)
+    answer = await client.post("/v1/embeddings", json=EMBED, headers=due(5_000))
+    assert whole.embedder.calls[0].limit_s == 3
+    assert float(answer.headers["x-tokenization-time"]) == 2000
+    late = await client.post("/v1/embeddings", json=EMBED, headers=due(2_000))
+    assert code(late) == (504, "deadline_exceeded")
+    assert len(whole.embedder.calls) == 1
+    assert requests_left(late) == 1000
+
+
+async def test_a_quota_wait_counts(whole):
+    client = await whole.client("free")
+
+    class Slow:
+        async def exchange(self, *_):
+            await asyncio.Event().wait()
+
+    whole.service.context.quotas._ledger = Slow()
+    late = await client.post("/v1/embeddings", json=EMBED, headers=due(1))
+    assert code(late) == (504, "deadline_exceeded")
+
+
+async def test_waiting_for_the_model_counts_and_is_refunded(books, whole):
+    before = await books.get("/v1/models")
+    hangs(whole)
+    for request in (
+        books.post("/v1/embeddings", json=EMBED, headers=due(1)),
+        books.post(f"{BOOKS}/search", json={"text": "tide"}, headers=due(1)),
+    ):
+        late = await request
+        assert code(late) == (504, "deadline_exceeded")
+        assert tokens_left(late) == tokens_left(before)
+        assert requests_left(late) == requests_left(before)
+
+
+async def test_expired_work_never_reaches_the_model(start):
+    whole = await start(serving=False)
+    client = await whole.client()
+    late = await client.post("/v1/embeddings", json=EMBED, headers=due(1))
+    assert code(late) == (504, "deadline_exceeded")
+    assert whole.embedder.batcher.queued_items == 0
+    assert whole.embedder.batcher.tally.batches == 0
+
+
+async def test_a_document_that_is_late_fails_alone(start):
+    settings = (await start()).service.context.settings
+    whole = await start(ingress=settings.ingress.model_copy(update={"slice_tokens": 8}))
+    client = await whole.client()
+    await client.post("/v1/collections", json={"name": "books"})
+
+    async def late_on_the_second():
+        if len(whole.embedder.calls) > 1:
+            while not any(space.records for space in whole.index._spaces.values()):  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            whole.clock.advance(10)
+
+    whole.embedder.before = late_on_the_second
+    documents = [{"id": str(n), "text": "tide"} for n in range(2)]
+    answer = await client.post(
+        f"{BOOKS}/documents", json={"documents": documents}, headers=due(9_000)
+    )
+    assert answer.status_code == 207
+    first, second = answer.json()["data"]
+    assert (first["status"], second["status"]) == ("indexed", "failed")
+    assert second["error"]["code"] == "deadline_exceeded"
+    assert answer.json()["usage"] == {"total_tokens": 6}
+    await whole.service.context.quotas._report()
+    used = (await client.get("/v1/usage")).json()["data"]
+    assert [row["tokens"] for row in used if row["class"] == "bulk"] == [6]
+
+
+async def test_late_documents_are_refunded(books, whole):
+    hangs(whole)
+    late = await writes(books, **due(1))
+    assert code(late) == (504, "deadline_exceeded")
+    assert tokens_left(late) == 20_000
+
+
+async def test_a_slow_tokenizer_leaves_no_time_to_land(books, whole):
+    sleeps(whole, 3)
+    assert (await writes(books, **due(4_000))).status_code == 200
+    late = await writes(books, **due(2_000))
+    assert code(late) == (504, "deadline_exceeded")
+
+
+async def test_a_delete_that_is_late_can_be_repeated(books, whole):
+    await writes(books)
+
+    async def never(*_):
+        await asyncio.Event().wait()
+
+    whole.upserter.faults = {}
+    kept = whole.ports.upserter
+    whole.ports.upserter._port, offer = Offers(kept._port, never), kept._port
+    late = await books.request("DELETE", f"{BOOKS}/documents", json={"ids": ["1"]}, headers=due(20))
+    assert code(late) == (504, "deadline_exceeded")
+    kept._port = offer
+    again = await books.request("DELETE", f"{BOOKS}/documents", json={"ids": ["1"]})
+    assert again.status_code == 200
+    assert (await books.get(BOOKS)).json()["records"] == 0
+
+
+class Offers:
+    """A port with another `offer`."""
+
+    def __init__(self, port, offer):
+        self._port = port
+        self.offer = offer
+
+    def __getattr__(self, name):
+        return getattr(self._port, name)
+
+
+async def test_priority_is_passed_on_and_checked(books, whole):
+    url, documents = f"{BOOKS}/documents", [{"id": "1", "text": "tide"}]
+    for body, expected in (({}, 50), ({"priority": 0}, 0), ({"priority": 100}, 100)):
+        await books.post(url, json={"documents": documents, **body})
+        assert whole.embedder.calls[-1].priority == expected
+    for wrong in (-1, 101, 1.5, "9", True, None):
+        answer = await books.post(url, json={"documents": documents, "priority": wrong})
+        assert (answer.status_code, answer.json()["param"]) == (400, "priority")

@@ -1,0 +1,57 @@
+"""deployments.metrics: a replica's tally as counters, without Ray behind them."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from deployments import metrics
+from serve.admission.quotas import Tally
+
+
+class Kept:
+    """In place of Ray's Counter and Gauge."""
+
+    made: dict[str, "Kept"]
+
+    def __init__(self, name: str, _description: str, tag_keys: tuple[str, ...] = ()) -> None:
+        self.values: dict[tuple[str, ...], float] = {}
+        self._keys = tag_keys
+        self.made[name.removeprefix("headrace_quota_")] = self
+
+    def inc(self, value: float, tags: dict[str, str]) -> None:
+        assert value > 0  # Ray's refuses others
+        key = tuple(tags[name] for name in self._keys)
+        self.values[key] = self.values.get(key, 0) + value
+
+    def set(self, value: float) -> None:
+        self.values[()] = value
+
+
+@pytest.fixture
+def made(monkeypatch) -> dict[str, Kept]:
+    kept: dict[str, Kept] = {}
+    monkeypatch.setattr(Kept, "made", kept, raising=False)
+    monkeypatch.setattr(metrics, "Counter", Kept)
+    monkeypatch.setattr(metrics, "Gauge", Kept)
+    return kept
+
+
+def test_counters_follow_the_tally(made):
+    quotas = SimpleNamespace(tally=Tally(), away=False)
+    told = metrics.QuotaMetrics()
+    told.update(quotas)
+    assert [name for name, one in made.items() if one.values] == ["ledger_away"]
+    quotas.tally.exchanges, quotas.tally.failures, quotas.tally.local_grants = 5, 1, 2
+    quotas.tally.refused.update(["tenant_tokens_per_minute"] * 3)
+    quotas.away = True
+    told.update(quotas)
+    quotas.tally.exchanges += 2
+    quotas.tally.refused["key_requests_per_minute"] += 1
+    told.update(quotas)
+    assert {name: one.values for name, one in made.items()} == {
+        "exchanges": {(): 7},
+        "exchange_failures": {(): 1},
+        "local_grants": {(): 2},
+        "refused": {("tenant_tokens_per_minute",): 3, ("key_requests_per_minute",): 1},
+        "ledger_away": {(): 1},
+    }
