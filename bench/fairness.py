@@ -1,6 +1,6 @@
 """How long does a light tenant wait while others flood, and who gets how much of the model?
 
-    python -m bench.fairness              # a real Ray cluster, torch on the CPU: about 20 minutes
+    python -m bench.fairness              # a real Ray cluster, torch on the CPU: about 16 minutes
     python -m bench.fairness --simulated  # one process, a simulated device: about three minutes
     python -m bench.fairness --smoke      # the same, under 30 s
 
@@ -27,6 +27,7 @@ from bench.town import Cluster
 
 
 PARTS = (0.5, 0.95, 0.99)
+WARM_S = 6.0
 TINY_CONNECTIONS = 32
 """Closed loops of the tenant that floods with single short texts."""
 
@@ -35,11 +36,11 @@ TINY_CONNECTIONS = 32
 class Plan:
     """How long each phase lasts."""
 
-    rounds: int = 3
+    rounds: int = 2
     target_ms: float = 100
-    idle_s: float = 8
+    idle_s: float = 6
     flood_s: float = 20
-    shares_s: float = 25
+    shares_s: float = 20
     jain_s: float = 20
     tiny_s: float = 10
 
@@ -84,8 +85,11 @@ async def play(place: Town, cluster: Cluster, policy: Policy, plan: Plan, seed: 
 
 
 async def _begun(cluster: Cluster, policy: Policy) -> None:
-    """Let the loops fill the queue, and forget what was counted until then."""
-    await asyncio.sleep(2)
+    """Let the loops fill the queue, and forget what was counted until then.
+
+    What first in first out finds waiting at first holds no light requests.
+    """
+    await asyncio.sleep(WARM_S)
     await asyncio.to_thread(cluster.counts, policy)
 
 

@@ -32,6 +32,10 @@ if TYPE_CHECKING:  # it brings the whole library
 DEMO_OPERATOR = "operator"
 """Tenant of the demo admin key."""
 
+ID_CHARS = 16
+WHOLE = ("id", "subject")
+"""Columns with ids of keys."""
+
 LIMITS = click.option(
     "--limits",
     type=json_object,
@@ -247,8 +251,10 @@ def _print_made(made: "MadeKey", *, as_json: bool) -> None:
 
 
 def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """As text: a name like `[red]` is no markup."""
-    table = Table(*columns)
+    """As text: a name like `[red]` is no markup. Ids stay whole, to be copied."""
+    table = Table()
+    for name in columns:
+        table.add_column(name, overflow="fold", min_width=ID_CHARS if name in WHOLE else None)
     for row in rows:
         table.add_row(*map(Text, row))
     Console().print(table)

@@ -105,6 +105,9 @@ def _plain(value: Any) -> Any:
 
 
 def _row(name: str, field: FieldInfo, schema: Mapping[str, Any]) -> str:
+    for option in schema.get("anyOf", ()):
+        if option != {"type": "null"}:  # an optional value: null is the default "none"
+            schema = option
     cells = (f"`{name}`", _type(schema), _default(field), _bounds(schema), field.description or "")
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
@@ -112,8 +115,6 @@ def _row(name: str, field: FieldInfo, schema: Mapping[str, Any]) -> str:
 def _type(schema: Mapping[str, Any]) -> str:
     if "enum" in schema:
         return " or ".join(f"`{word}`" for word in schema["enum"])
-    if "anyOf" in schema:
-        return " or ".join(_type(option) for option in schema["anyOf"])
     if schema.get("type") == "array":
         return f"list of {_type(schema['items'])}"
     if "const" in schema:
@@ -127,6 +128,8 @@ def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if value is PydanticUndefined or value == "":
         return "empty"
+    if value is None:
+        return "none"
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:,}".replace(",", "_") if isinstance(value, int) else str(value)

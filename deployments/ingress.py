@@ -128,6 +128,7 @@ class Ingress:
         """Serve awaits this once the last request is done: give back what is held, tell the rest."""
         for task in self._tasks:
             task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._quotas.close()
 
     async def ready(self) -> dict[str, bool]:

@@ -73,7 +73,7 @@ class Account:
 
     Attributes:
         low: a balance below it asks for another block.
-        least: the smallest balance since the last look: so much was not needed.
+        least: the smallest balance since the last look: no more was needed.
         pause_until: no block is asked for before: the last one was not granted whole.
         free: what the Ledger had left at `free_at`; None: it was not asked.
         refused_at: when the Ledger refused it last.
@@ -156,7 +156,6 @@ class Account:
             return False
         self.balance -= units
         self.held -= units
-        self.least = min(self.least, self.balance)
         if self.free is not None:
             self.free += units
         return True

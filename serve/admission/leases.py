@@ -247,7 +247,6 @@ class Leases:
         need, mark = permit.local.get(place, (0.0, 0.0))
         if need:  # first to where it came from last
             here = min(units, need)
-            permit.local[place] = need - here, mark
             units -= here
             if self.share is not None and self.share is permit.share:
                 self.share.give_back(account, here, mark, now=now, month=self._month)

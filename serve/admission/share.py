@@ -71,6 +71,7 @@ class Share:
     def _line(self, account: Account, need: float, now: float) -> Line:
         part = self._part(account.limit, need)
         if account in self._starts:
+            self._starts.move_to_end(account)  # the bank forgets in the same order
             return Line(part, need, need)
         start = self._start(account, need, now)
         self._starts[account] = start, now

@@ -6,7 +6,7 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from serve.config import Settings
+from serve.config import Allowance, Quota, Settings
 
 
 FAKE = {"id": "fake", "engine": "fake", "dimensions": 8, "tokens_max": 64}
@@ -57,6 +57,9 @@ def test_every_section_refuses_unknown_keys_and_changes(model):
 def test_every_field_is_described_and_bounded(model, name):
     assert model.model_fields[name].description.endswith(".")
     schema = model.model_json_schema()["properties"][name]
+    for option in schema.get("anyOf", ()):  # an optional value is bounded as well
+        if option != {"type": "null"}:
+            schema = option
     kind = schema.get("type")
     if kind in ("integer", "number"):
         assert {"minimum", "exclusiveMinimum"} & set(schema), "no lower bound"
@@ -82,6 +85,8 @@ def test_every_field_is_described_and_bounded(model, name):
         ({"pools": [{"models": [FAKE | {"sha256": "abc"}]}]}, "pools.0.models.0.sha256"),
         ({"limits": {"unknown_fields": "guess"}}, "limits.unknown_fields"),
         ({"store": {"path": ""}}, "store.path"),
+        ({"ledger": {"redis_url_env": "redis://:secret@host"}}, "ledger.redis_url_env"),
+        ({"ledger": {"lease_s": 1}}, "ledger.lease_s"),
     ],
 )
 def test_what_is_wrong_is_named(raw, where):
@@ -92,6 +97,38 @@ def test_a_weight_of_zero_is_refused():
     """It divides cost, so it would mean never."""
     tier = Settings().admission.tiers["free"].model_dump() | {"weight": 0}
     assert _where({"admission": {"tiers": {"free": tier}}}) == "admission.tiers.free.weight"
+
+
+def test_a_burst_that_is_not_given_is_a_minutes_worth():
+    quota = Quota(requests_per_minute=0.5, tokens_per_minute=90)
+    assert (quota.requests_burst, quota.tokens_burst) == (1, 90)
+    assert Quota(requests_per_minute=30, requests_burst=2).requests_burst == 2
+    assert Quota().requests_burst is None
+
+
+def test_a_burst_must_refill():
+    with pytest.raises(ValidationError, match="tokens_burst needs tokens_per_minute"):
+        Quota(tokens_burst=100)
+
+
+def test_the_bucket_of_100_that_refills_10_a_minute():
+    quota = Quota(preset="bucket_100_10")
+    assert (quota.requests_burst, quota.requests_per_minute) == (100, 10)
+    assert Quota(preset="bucket_100_10", requests_per_minute=20).requests_per_minute == 20
+
+
+def test_changes_of_an_allowance():
+    tier = Settings().admission.tiers["free"]
+    changed = tier.changed({"interactive": {"requests_per_minute": 60}, "tokens_per_month": 9})
+    assert changed.interactive.requests_per_minute == 60
+    assert changed.interactive.requests_burst == 60  # it went with its rate
+    assert changed.interactive.tokens_burst == tier.interactive.tokens_burst
+    assert (changed.bulk, changed.tokens_per_month) == (tier.bulk, 9)
+    gone = tier.changed({"interactive": {"tokens_per_minute": None}})
+    assert gone.interactive.tokens_per_minute is gone.interactive.tokens_burst is None
+    assert type(tier.changed({})) is Allowance
+    with pytest.raises(ValidationError, match="weight"):
+        tier.changed({"weight": 2})
 
 
 def test_a_real_engine_needs_its_files_and_their_hash():

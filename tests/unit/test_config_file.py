@@ -46,6 +46,13 @@ def test_args_are_settings(application):
     assert Settings.model_validate(application["args"]).models
 
 
+def test_the_tiers_of_the_file_are_those_of_an_empty_one(application):
+    """Who starts without the file, or with half of it, gets the same product."""
+    settings = Settings.model_validate(application["args"])
+    assert settings.admission == Settings().admission
+    assert settings.ledger == Settings().ledger
+
+
 def test_an_unknown_key_in_args_is_refused(application):
     with pytest.raises(ValidationError, match="nonsense"):
         Settings.model_validate({**application["args"], "nonsense": 1})

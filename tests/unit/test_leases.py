@@ -383,18 +383,6 @@ def test_units_for_which_nobody_waits_any_more_stay_or_go_back():
     assert [ask.answer for ask in asks] == [None] * 9
 
 
-def test_everything_unused_is_drained():
-    replica = Replica(LARGE, A_MONTH, AT_ONCE)
-    kept = replica.permit(10)
-    replica.release(replica.permit(10))
-    replica.leases.drain()
-    replica.exchange()
-    assert replica.free(LARGE) == 598
-    assert replica.free(A_MONTH) == 100_000 - 20
-    assert replica.free(AT_ONCE) == 63
-    replica.release(kept)
-
-
 # --- limits and owners ------------------------------------------------------------------------
 
 
@@ -504,15 +492,31 @@ def test_a_refund_by_the_share_is_given_back_to_it():
     replica.refusal(10)
 
 
-def test_the_share_gives_nothing_back_twice():
-    replica = Replica(replace(TOKENS, interval_s=1000))
-    replica.permit(600)
+def test_what_came_from_both_is_given_back_to_both_and_once():
+    replica = Replica(A_MONTH)
+    replica.permit(50)
     replica.fail()
-    permit = replica.permit(200)  # all that it has
-    replica.leases.settle(permit, 150, 0)
+    permit = replica.permit(150)  # 100 of a block, 50 of the share
+    replica.leases.settle(permit, 75, 0)
     replica.release(permit, refund=True)
-    replica.permit(200)
-    replica.refusal(1)
+    late = replica.permit(30)
+    replica.rest(3)
+    assert replica.leases.share is None
+    replica.release(late, refund=True)
+    replica.rest(0.1)
+    assert replica.free(A_MONTH) == 100_000 - 50
+
+
+def test_what_is_in_use_of_a_level_by_its_share_is_told():
+    replica = Replica(AT_ONCE)
+    replica.fail()
+    permits = [replica.permit() for _ in range(9)]
+    replica.rest(3)
+    assert replica.free(AT_ONCE) == 55
+    for permit in permits:
+        replica.release(permit)
+    replica.rest(3)
+    assert replica.free(AT_ONCE) == 64
 
 
 def test_what_was_used_of_a_share_that_refilled_is_told_to_the_last():

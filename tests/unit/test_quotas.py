@@ -343,6 +343,17 @@ async def test_one_who_leaves_while_waiting_is_not_charged(town):
     await use(quotas, 1000)
 
 
+async def test_one_who_leaves_as_the_answer_comes_is_not_charged(town):
+    quotas = town.replica(runs=False)
+    waiting = asyncio.create_task(use(quotas, 900))
+    await until(lambda: quotas._futures)
+    await quotas._exchange()
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert left(quotas)["tenant_tokens_per_minute"] == 1000
+
+
 # --- what is left -----------------------------------------------------------------------------
 
 
@@ -406,6 +417,17 @@ async def test_a_month_is_counted_without_the_store(town):
     quotas, who = town.replica(), caller(Quota(), month=1000)
     await use(quotas, 900, who)
     await refusal(quotas, 101, who)
+
+
+async def test_a_store_that_is_away_is_not_asked_for_every_request(town):
+    town.books.store_away = town.books.away = True
+    quotas, who = town.replica(), caller(Quota(), month=10**6)
+    for _ in range(5):
+        await use(quotas, 1, who)
+    assert len(town.books.months) == 1
+    town.clock.advance(LEDGER.retry_s)
+    await use(quotas, 1, who)
+    assert len(town.books.months) == 2
 
 
 async def test_usage_is_counted_and_reported(town):
