@@ -8,7 +8,7 @@ The whole service, over HTTP. Five policies take turns (`bench.cluster`), each w
 of the same model: the fair queue, first in first out through the same batcher, `@serve.batch`,
 strict priority and the priority formula. In each round a policy meets: light tenants alone; light
 tenants while a free tenant floods with requests of 32 texts and another runs a bulk job; one
-flooding tenant of each tier; six tenants of one tier with requests of unequal sizes. Then a flood
+flooding tenant of each tier; four tenants of one tier with requests of unequal sizes. Then a flood
 of tiny requests, served and refused.
 """
 
@@ -38,10 +38,10 @@ class Plan:
 
     rounds: int = 2
     target_ms: float = 100
-    idle_s: float = 6
+    idle_s: float = 5
     flood_s: float = 20
-    shares_s: float = 20
-    jain_s: float = 20
+    shares_s: float = 15
+    jain_s: float = 15
     tiny_s: float = 10
 
 

@@ -53,7 +53,7 @@ class Cluster:
         from ray.serve import get_deployment_handle  # noqa: PLC0415  after the environment is set
 
         handle = get_deployment_handle(f"embedder-{policy}", "headrace")
-        counts: dict[str, Any] = handle.counts.remote().result(timeout_s=30)
+        counts: dict[str, Any] = handle.counts.remote().result(timeout_s=120)
         return counts
 
     def cpu_s(self) -> float:
