@@ -63,13 +63,13 @@ class Counted(Batcher):
         super().__init__(*args, **kwargs)
         self.counts = Counts(kwargs["batch"].item_overhead_tokens)
 
-    async def _serve(self, slices: Sequence[Slice]) -> None:
+    async def _serve(self, slices: Sequence[Slice], *, full: bool) -> None:
         began = time.monotonic()
         for part in slices:
             call = part.pending.call
             for index in part.indices:
                 self.counts.add(call.request_id.partition(":")[0], call.tokens[index])
-        await super()._serve(slices)
+        await super()._serve(slices, full=full)
         self.counts.handout_ms.append((time.monotonic() - began) * 1e3)
 
 

@@ -40,9 +40,9 @@ class Timed(Batcher):
         super().__init__(*args, **kwargs)
         self.handout_ms: list[float] = []
 
-    async def _serve(self, slices: Sequence[Slice]) -> None:
+    async def _serve(self, slices: Sequence[Slice], *, full: bool) -> None:
         began = time.monotonic()
-        await super()._serve(slices)
+        await super()._serve(slices, full=full)
         self.handout_ms.append((time.monotonic() - began) * 1e3)
 
 

@@ -86,9 +86,9 @@ class TimedBatcher(Batcher):
             call = replace(call, tenant="everybody", klass="interactive", weight=1.0)
         return await self.submit(call)
 
-    async def _serve(self, slices: Sequence[Slice]) -> None:
+    async def _serve(self, slices: Sequence[Slice], *, full: bool) -> None:
         began = perf_counter()
-        await super()._serve(slices)
+        await super()._serve(slices, full=full)
         self.handout_ms.append((perf_counter() - began) * 1e3)
 
 

@@ -32,6 +32,12 @@ if TYPE_CHECKING:  # it brings the whole library
 DEMO_OPERATOR = "operator"
 """Tenant of the demo admin key."""
 
+KEYS_PAGE = 1000
+"""Keys asked for at a time, all that one answer may hold: about 300 KB."""
+
+NUMBER_MAX = 2**63 - 1
+"""The Store numbers the log in 64 bits."""
+
 ID_CHARS = 16
 WHOLE = ("id", "subject")
 """Columns with ids of keys."""
@@ -98,8 +104,8 @@ def create_key(flow: "OperatorFlow", *, admin: bool, as_json: bool, **options: A
 @AS_JSON
 @_operating
 def list_keys(flow: "OperatorFlow", *, tenant: str | None, as_json: bool) -> None:
-    """Every live key by tenant, without its secret."""
-    found = asyncio.run(flow.list_keys(tenant))
+    """Every live key by tenant and age, without its secret."""
+    found = asyncio.run(_all_keys(flow, tenant))
     if as_json:
         click.echo(json.dumps([_plain(key) for key in found]))
         return
@@ -203,7 +209,11 @@ def set_tenant(flow: "OperatorFlow", *, tenant: str, as_json: bool, **options: A
 
 @click.command()
 @click.option("--tenant", help="Only this one's.")
-@click.option("--before", type=int, help="Only entries with a lower number.")
+@click.option(
+    "--before",
+    type=click.IntRange(0, NUMBER_MAX),
+    help="Only entries with a lower number.",
+)
 @ROWS
 @AS_JSON
 @_operating
@@ -232,9 +242,19 @@ def audit(
     )
 
 
+async def _all_keys(flow: "OperatorFlow", tenant: str | None) -> list[Key]:
+    found: list[Key] = []
+    while page := await flow.list_keys(tenant, found[-1].id if found else "", KEYS_PAGE):
+        found += page
+    return sorted(found, key=lambda key: (key.tenant, key.created_at, key.id))
+
+
 async def demo_keys(flow: "OperatorFlow", tiers: list[str]) -> "dict[str, MadeKey]":
-    """A key per tier and one of an operator, by their labels; none when the Store has keys."""
-    if await flow.list_keys():
+    """A key per tier and one of an operator, by their labels; none when the Store has a tenant.
+
+    Tenants stay when all their keys were revoked: that must not bring open doors back.
+    """
+    if await flow.list_tenants("", 1):
         return {}
     by = operator()
     made = {tier: await flow.create_key(by, tenant=f"demo-{tier}", tier=tier) for tier in tiers}

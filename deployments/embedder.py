@@ -1,6 +1,7 @@
 """The embedder: a Serve deployment per pool; models, a fair queue and a batcher in each replica."""
 
 import asyncio
+import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -14,6 +15,9 @@ from serve.embedding.pool import Pool
 from serve.errors import ModelUnavailable, ServiceError
 from serve.flows.batching import Batcher
 from serve.records import EmbedCall, EmbedReply
+
+
+log = logging.getLogger("headrace.embedder")
 
 
 class Embedder:
@@ -78,10 +82,13 @@ class Embedder:
             await asyncio.sleep(settings.ledger.queue_report_s)
             if not told and not self._batcher.queued_items:
                 continue
-            report = self._batcher.report(pool, replica, settings.ledger.queue_places_max)
             try:
+                report = self._batcher.report(pool, replica, settings.ledger.queue_places_max)
                 await ledger.report_queue(report)
             except ServiceError:
+                self._reports_failed += 1
+            except Exception:  # a named rim: no model is reloaded because of a statistic
+                log.exception("what waits could not be reported")
                 self._reports_failed += 1
             else:
                 told = report.items > 0

@@ -41,9 +41,11 @@ class StorePort(Keys, Tenants, Usage, Collections, Documents, Fence):
         """See Keys."""
         await self._call("create_key", op, key, by)
 
-    async def list_keys(self, tenant: str | None = None) -> Sequence[Key]:
+    async def list_keys(
+        self, tenant: str | None = None, after: str = "", limit: int = 100
+    ) -> Sequence[Key]:
         """See Keys."""
-        return cast("Sequence[Key]", await self._call("list_keys", tenant))
+        return cast("Sequence[Key]", await self._call("list_keys", tenant, after, limit))
 
     async def rotate_key(
         self, op: str, key_id: str, successor: Key, overlap_s: float, by: str

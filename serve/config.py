@@ -88,13 +88,13 @@ class Quota(Section):
         None, description="Values for what is not set here: 100 requests, refilled with 10/min."
     )
     requests_per_minute: float | None = Field(
-        None, gt=0, le=1e9, description="Refill of the request quota."
+        None, ge=1e-3, le=1e9, description="Refill of the request quota."
     )
     requests_burst: int | None = Field(
         None, ge=1, le=10**9, description="Requests that may come at once; default: a minute's."
     )
     tokens_per_minute: float | None = Field(
-        None, gt=0, le=1e12, description="Refill of the token quota."
+        None, ge=1e-3, le=1e12, description="Refill of the token quota."
     )
     tokens_burst: int | None = Field(
         None, ge=8, le=10**12, description="Tokens that may come at once; default: a minute's."
@@ -151,6 +151,7 @@ class Allowance(Section):
         for key, value in changes.items():
             old = whole.get(key)
             if isinstance(value, Mapping) and isinstance(old, dict):
+                old["preset"] = None  # its values are filled in already
                 value = {**PRESETS.get(value.get("preset", ""), {}), **value}  # noqa: PLW2901
                 for word in ("requests", "tokens"):
                     if f"{word}_per_minute" in value:  # its burst goes with it

@@ -56,7 +56,8 @@ class Return:
 
     rate, month: `units` that were not used; below zero they were used without a draw and are
     charged, whatever the limit says. `mark` is the one of the draw they came from: what of it has
-    been refilled since is not given back. level: `units` is what the replica holds in all now.
+    been refilled since is not given back. month with `units` 0: at least `mark` units were used.
+    level: `units` is what the replica holds in all now.
     """
 
     limit: Limit

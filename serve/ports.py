@@ -184,8 +184,10 @@ class Keys(Protocol):
         """
         ...
 
-    async def list_keys(self, tenant: str | None = None) -> Sequence[Key]:
-        """Every live key, of one tenant or of all, by tenant and age."""
+    async def list_keys(
+        self, tenant: str | None = None, after: str = "", limit: int = 100
+    ) -> Sequence[Key]:
+        """Up to `limit` live keys, of one tenant or of all, by id: those after `after`."""
         ...
 
     async def rotate_key(
@@ -194,7 +196,7 @@ class Keys(Protocol):
         """Keep `successor` (id, secret, creation; the rest is the old key's) and let the old one
         expire after `overlap_s`; returns the successor as kept.
 
-        Raises NotFound, Conflict when the old one is expiring already: two live keys at most.
+        Raises NotFound, Conflict when another key of its family is live: two at most.
         """
         ...
 

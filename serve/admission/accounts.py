@@ -76,6 +76,7 @@ class Account:
         least: the smallest balance since the last look: no more was needed.
         pause_until: no block is asked for before: the last one was not granted whole.
         free: what the Ledger had left at `free_at`; None: it was not asked.
+        recall_at: when to ask the Store what was used of a month; infinite once it is known.
         refused_at: when the Ledger refused it last.
         told_at: when the Ledger was last told what is held of a level.
     """
@@ -96,6 +97,7 @@ class Account:
         "mark",
         "mark_next",
         "pause_until",
+        "recall_at",
         "refused_at",
         "spare_share",
         "told_at",
@@ -106,14 +108,17 @@ class Account:
         self.balance = self.lot = self.mark = self.mark_next = 0.0
         self.held = self.least = 0.0
         self.used_at = self.free_at = self.pause_until = self.told_at = -math.inf
-        self.refused_at = -math.inf
+        self.refused_at = self.recall_at = -math.inf
         self.free: float | None = None
         self.by_token = limit.unit == "tokens"
         self.is_level = limit.kind == "level"
+        self.limit = limit
         self.change(limit, terms)
 
     def change(self, limit: Limit, terms: Terms) -> None:
-        """Go on under other figures."""
+        """Go on under other figures, with the units used."""
+        if self.free is not None:
+            self.free += limit.burst - self.limit.burst
         self.limit = limit
         self.block = 0.0 if self.is_level else terms.block(limit)
         self.low = self.block / 2 if self.block else -math.inf
@@ -169,6 +174,12 @@ class Account:
     def learn(self, free: float, now: float) -> None:
         """The Ledger said what is left."""
         self.free, self.free_at = free, now
+
+    def recall(self, used: float, now: float) -> None:
+        """The Store said what was used of a month, perhaps after the Ledger said what is left."""
+        left = self.limit.burst - used
+        self.learn(left if self.free is None else min(self.free, left), now)
+        self.recall_at = math.inf
 
     def free_now(self, now: float) -> float | None:
         """What the Ledger has left if nobody else asked since."""

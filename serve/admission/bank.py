@@ -70,8 +70,10 @@ class _Month:
         self.used += units
         return 0.0
 
-    def give_back(self, _replica: str, units: float, _mark: float, _now: float) -> None:
+    def give_back(self, _replica: str, units: float, mark: float, _now: float) -> None:
         self.used = max(self.used - units, 0.0)
+        if not units:  # so much was used at least: the Store counted it
+            self.used = max(self.used, mark)
 
     def lower(self, limit: Limit, free: float, _now: float) -> None:
         self.used = max(self.used, limit.burst - free)
@@ -171,6 +173,7 @@ class Bank:
     def _take_back(self, replica: str, one: Return, now: float, month: str) -> None:
         limit = one.limit
         uses = one.units > 0 if limit.kind == "level" else one.units < 0
+        uses |= limit.kind == "month" and not one.units
         if not uses and (limit.owner, limit.name) not in self._states:
             return  # forgotten, so full: a return must not become a credit
         state = self._find(limit, now, month)

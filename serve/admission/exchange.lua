@@ -120,7 +120,10 @@ kinds[MONTH] = {
     state.used = state.used + units
     return 0
   end,
-  give_back = function(_, state, units) state.used = math.max(state.used - units, 0) end,
+  give_back = function(_, state, units, mark)
+    state.used = math.max(state.used - units, 0)
+    if units == 0 then state.used = math.max(state.used, mark) end -- the Store counted so much
+  end,
   lower = function(limit, state, free)
     state.used = math.max(state.used, limit.burst - free)
   end,
@@ -159,6 +162,7 @@ end
 local function take_back(limit, units, mark)
   local uses = units < 0
   if limit.kind == LEVEL then uses = units > 0 end
+  if limit.kind == MONTH then uses = units <= 0 end
   if not uses and not limit.state then
     return -- forgotten, so full: a return must not become a credit
   end

@@ -17,13 +17,17 @@ from typing import Any
 
 from serve.admission.limits import caller_of
 from serve.config import Admission, Tier
-from serve.errors import Forbidden, ServiceError, StoreUnavailable, Unauthorized
+from serve.errors import Forbidden, Overloaded, ServiceError, StoreUnavailable, Unauthorized
 from serve.ports import Keys
 from serve.records import Caller, Key, Role
 
 
 _FORM = re.compile(r"hr_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
 _NOBODY = hashlib.sha256(b"no such key").hexdigest()
+
+UNKNOWN_IDS_MAX = 1000
+"""Ids without a live key that are remembered, apart from the keys: a flood of made-up ids evicts
+none of those."""
 
 
 def hash_secret(secret: str) -> str:
@@ -109,9 +113,9 @@ class Door:
     """Turns an `Authorization` header into a Caller.
 
     Looked-up keys (also unknown ones) are trusted for `key_cache_s`, and known ones for
-    `key_stale_s` more while the Store is away, so that a restart of the Store is not an outage:
-    once it is known to be away, one request in `key_cache_s` waits for it and the others pass.
-    Requests that need the same look-up share it.
+    `key_stale_s` more while the Store is away or full, so that its restart is not an outage: once
+    it is known to be away, one request in `key_cache_s` waits for it, the others that were let in
+    before pass, and the rest are refused at once. Requests that need the same look-up share it.
     """
 
     def __init__(
@@ -129,6 +133,7 @@ class Door:
         self._clock = clock
         self._wall = wall
         self._cache: OrderedDict[str, _Found] = OrderedDict()
+        self._unknown: OrderedDict[str, _Found] = OrderedDict()
         self._questions: dict[str, _Question] = {}
         self._away_until: float | None = None  # None while the Store answers
 
@@ -136,7 +141,7 @@ class Door:
         """Who sent this.
 
         Raises Unauthorized, Forbidden (the tenant's tier is not configured, or limits that were
-        set for it are not valid any more), StoreUnavailable.
+        set for it are not valid any more), StoreUnavailable, Overloaded (the Store's queue).
         """
         key_id, secret = parse(authorization)
         found = await self._find(key_id)
@@ -165,7 +170,7 @@ class Door:
 
     async def _find(self, key_id: str) -> _Found:
         now, trusted_s = self._clock(), self._settings.key_cache_s
-        cached = self._cache.get(key_id)
+        cached = self._cache.get(key_id) or self._unknown.get(key_id)
         age_s = now - cached.at if cached is not None else math.inf
         if cached is not None and age_s < trusted_s:
             return cached
@@ -173,13 +178,15 @@ class Door:
         if cached is not None and cached.key is not None:
             stale = cached if age_s < trusted_s + self._settings.key_stale_s else None
         if self._away_until is not None:
-            if stale is not None and now < self._away_until:
+            if now < self._away_until:
+                if stale is None:  # a call would last until its timeout, most likely for nothing
+                    raise StoreUnavailable("The Store is away.", retry_after_s=trusted_s)
                 return stale
             self._away_until = now + trusted_s
         answer = await self._asked(key_id, since=now - trusted_s)
         if isinstance(answer, _Found):
             return answer
-        if stale is not None and isinstance(answer, StoreUnavailable):
+        if stale is not None and isinstance(answer, StoreUnavailable | Overloaded):
             return stale
         raise answer
 
@@ -212,8 +219,18 @@ class Door:
         old = self._cache.get(key_id)
         # An unchanged key keeps its caller: making one costs a validation of all its limits.
         caller = old.caller if old is not None and old.key == key else None
-        found = self._cache[key_id] = _Found(key, at, caller)
-        self._cache.move_to_end(key_id)
-        while len(self._cache) > self._settings.keys_cached_max:
-            self._cache.popitem(last=False)
+        found = _Found(key, at, caller)
+        if key is None:
+            self._cache.pop(key_id, None)
+            _put(self._unknown, key_id, found, UNKNOWN_IDS_MAX)
+        else:
+            self._unknown.pop(key_id, None)
+            _put(self._cache, key_id, found, self._settings.keys_cached_max)
         return found
+
+
+def _put(cache: OrderedDict[str, _Found], key_id: str, found: _Found, most: int) -> None:
+    cache[key_id] = found
+    cache.move_to_end(key_id)
+    if len(cache) > most:
+        cache.popitem(last=False)

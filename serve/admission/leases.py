@@ -6,8 +6,9 @@ until it is answered, so that nothing is charged or given back twice. `bank` is 
 """
 
 import math
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 
 from serve.admission.accounts import Account, Terms
 from serve.admission.asks import (
@@ -16,7 +17,9 @@ from serve.admission.asks import (
     Exchange,
     Permit,
     Refusal,
+    Returns,
     again,
+    covered,
     draw_of,
     line_of,
     longest,
@@ -28,8 +31,8 @@ from serve.config import Ledger
 from serve.grants import Draw, Grant, Return
 
 
-RETURNS_MAX = 10_000
-"""Returns that wait for the Ledger; beyond it the oldest are lost, which admits less, not more."""
+TRIES_MAX = 3
+"""How often one request asks: what it lacks may be partly here by the time it is refused."""
 
 HINTS_MAX = 1000
 """Limits of which a Ledger that was away is told what was left."""
@@ -51,7 +54,7 @@ class Leases:
         self._low: dict[Account, None] = {}
         self._tell: dict[Account, None] = {}
         self._asks: deque[Ask] = deque()
-        self._returns: OrderedDict[tuple[Account, float], float] = OrderedDict()
+        self._returns = Returns()
         self._sent: Exchange | None = None
         self._number = 0
         self._scan_at = self._beat_at = -math.inf
@@ -60,10 +63,12 @@ class Leases:
 
     # --- a request -----------------------------------------------------------------------
 
-    def charge(self, wallet: Wallet, tokens: int, now: float) -> Permit | Ask | Refusal:
+    def charge(
+        self, wallet: Wallet, tokens: int, now: float, *, requests: int = 1
+    ) -> Permit | Ask | Refusal:
         """Charge one request of so many tokens to every account, or to none."""
-        costs = [tokens if account.by_token else 1 for account in wallet.accounts]
-        permit = Permit(wallet, tokens, costs)
+        costs = [tokens if account.by_token else requests for account in wallet.accounts]
+        permit = Permit(wallet, tokens, costs, self._month, requests)
         for account, cost in zip(wallet.accounts, costs, strict=True):
             if cost > account.balance and cost:
                 return self._beyond(permit, now)
@@ -92,7 +97,8 @@ class Leases:
         for place, account in enumerate(permit.wallet.accounts):
             if not account.is_level:
                 if refund:
-                    self._give_back(permit, place, permit.tokens if account.by_token else 1, now)
+                    units = permit.tokens if account.by_token else permit.requests
+                    self._give_back(permit, place, units, now)
             elif cost := permit.costs[place]:
                 account.balance += cost
                 if account.balance > account.spare():
@@ -111,12 +117,13 @@ class Leases:
             if now - self._sent.at < self._settings.lease_s / 2:
                 return again(self._sent, now)
             self._sent = None  # the Ledger may soon forget that it had it: rather lose it
+            self._returns.lost()
         if now >= self._scan_at:
             self._scan_at = now + self._settings.idle_s
             self._scan(now)
         asks = tuple(ask for ask in self._asks if not ask.gone)
         self._asks.clear()
-        if self.share is not None:
+        if self.share is not None and self._resume_at < math.inf:  # else it may never arrive
             self._confess(self.share, now)
         returns = self._collect(now)
         fed: set[Account] = set()
@@ -136,17 +143,13 @@ class Leases:
         return self._sent
 
     def apply(self, sent: Exchange, grants: Sequence[Grant], now: float) -> None:
-        """The exchange was answered: every ask of it that is not `gone` has its answer now."""
+        """The exchange was answered, and so is every ask of it that is not `gone` or asks again."""
         self._sent = None
-        asked = len(sent.asks)
-        for ask, draw, grant in zip(sent.asks, sent.draws[:asked], grants[:asked], strict=True):
-            self._answer(ask, draw, grant, now)
-        blocks = zip(sent.blocks, sent.draws[asked:], grants[asked:], strict=False)
-        for account, draw, grant in blocks:
-            account.learn(grant.free[0], now)
-            self._put_in(account, grant.units[0], grant.marks[0])
-            if grant.units[0] < draw.lines[0].want / 2:
-                account.pause_until = now + self._settings.tick_s
+        try:
+            self._take_in(sent, grants, now)
+        except Exception:
+            self._asks.extend(sent.asks)  # `failed` answers those that have no answer yet
+            raise
         if self.share is not None:
             self._resume(self.share, now)
 
@@ -156,7 +159,8 @@ class Leases:
             self.share = Share(self._replicas, accounts_max=self._owners_max, began=now)
         self._resume_at = math.inf
         sent = () if self._sent is None else self._sent.asks
-        waiting = [ask for ask in (*sent, *self._asks) if not ask.gone]
+        every = dict.fromkeys((*sent, *self._asks))
+        waiting = [ask for ask in every if not ask.gone and ask.answer is None]
         self._asks.clear()
         for ask in waiting:
             self.abandon(ask)
@@ -166,16 +170,26 @@ class Leases:
     def abandon(self, ask: Ask) -> None:
         """Nobody waits for it any more: what was reserved goes back to the balances."""
         ask.gone = True
-        self._put_back(ask)
+        ask.put_back(self._month)
 
     def roll(self, month: str, now: float) -> None:
         """A new calendar month begins, and nothing of it is used."""
         self._month = month
+        self._returns.roll()
+        if self._sent is not None:
+            rest = tuple(one for one in self._sent.returns if one.limit.kind != "month")
+            self._sent = replace(self._sent, returns=rest)
         for account in self.wallets.accounts():
             if account.limit.kind == "month":
                 account.drop()
                 account.learn(account.limit.burst, now)
+                account.recall_at = math.inf
                 account.refused_at = -math.inf
+
+    def recall(self, account: Account, used: int, now: float) -> None:
+        """The Store said how much of a month was used, which the Ledger may not know."""
+        account.recall(used, now)
+        self._returns.used(account, used)
 
     def drain(self) -> None:
         """Have everything that is not in use given back with the next exchange."""
@@ -195,16 +209,21 @@ class Leases:
         refusal = self.refusal(permit.wallet, permit.costs, now)
         if refusal is not None:
             return refusal
-        ask = Ask(permit, [], [])
-        for place, account in enumerate(permit.wallet.accounts):
-            cost = permit.costs[place]
+        ask = Ask(permit)
+        self._ask(ask, now)
+        return ask
+
+    def _ask(self, ask: Ask, now: float) -> None:
+        """Reserve what the balances have and ask for the rest."""
+        ask.tries, ask.taken, ask.short, ask.permit.marks = ask.tries + 1, [], [], []
+        for place, account in enumerate(ask.permit.wallet.accounts):
+            cost = ask.permit.costs[place]
             part = min(cost, max(account.balance, 0.0))
             ask.taken.append(part)
-            permit.marks.append(account.take(part, now) if part else math.inf)
+            ask.permit.marks.append(account.take(part, now) if part else math.inf)
             if part < cost:
                 ask.short.append(place)
         self._asks.append(ask)
-        return ask
 
     def _by_share(self, share: Share, permit: Permit, now: float) -> Permit | Refusal:
         """Charge what the balances lack to the local share."""
@@ -244,6 +263,8 @@ class Leases:
     def _give_back(self, permit: Permit, place: int, units: float, now: float) -> None:
         """Units of a rate or a month that were not used; below zero more were."""
         account = permit.wallet.accounts[place]
+        if account.limit.kind == "month" and permit.month != self._month:
+            return
         need, mark = permit.local.get(place, (0.0, 0.0))
         if need:  # first to where it came from last
             here = min(units, need)
@@ -251,13 +272,24 @@ class Leases:
             if self.share is not None and self.share is permit.share:
                 self.share.give_back(account, here, mark, now=now, month=self._month)
             elif here < 0 or account.limit.kind == "month":  # of a rate it has long been refilled
-                self._return(account, here, 0.0)
+                self._returns.add(account, here)
         if units:
             if account.free is not None:
                 account.free += units
-            self._return(account, units, permit.marks[place])
+            self._returns.add(account, units, permit.marks[place])
 
     # --- steps of an exchange ------------------------------------------------------------
+
+    def _take_in(self, sent: Exchange, grants: Sequence[Grant], now: float) -> None:
+        asked = len(sent.asks)
+        for ask, draw, grant in zip(sent.asks, sent.draws[:asked], grants[:asked], strict=True):
+            self._answer(ask, draw, grant, now)
+        blocks = zip(sent.blocks, sent.draws[asked:], grants[asked:], strict=False)
+        for account, draw, grant in blocks:
+            account.learn(grant.free[0], now)
+            self._put_in(account, grant.units[0], grant.marks[0])
+            if grant.units[0] < draw.lines[0].want / 2:
+                account.pause_until = now + self._settings.tick_s
 
     def _answer(self, ask: Ask, draw: Draw, grant: Grant, now: float) -> None:
         """Take what one ask was granted, or note what it was refused."""
@@ -270,10 +302,14 @@ class Leases:
         if grant.refused is not None:
             if not ask.gone:
                 line = draw.lines[grant.refused]
-                self._put_back(ask)
-                if _covered(permit):  # by what was granted to others beyond their needs meanwhile
+                ask.put_back(self._month)
+                # by what others were granted beyond their need
+                if covered(permit, elsewhere=False):
                     self._take(permit, now)
                     ask.answer = permit
+                    return
+                if ask.tries < TRIES_MAX and covered(permit, elsewhere=True):
+                    self._ask(ask, now)
                     return
                 known = self.refusal(permit.wallet, permit.costs, now)
                 wait_s = LEVEL_WAIT_S if line.limit.kind == "level" else grant.wait_s
@@ -302,42 +338,20 @@ class Leases:
         if kept:
             account.add(kept, mark)
         if units - used > kept:
-            self._return(account, units - used - kept, mark)
-
-    def _put_back(self, ask: Ask) -> None:
-        """The units reserved for an ask."""
-        permit = ask.permit
-        for account, units, mark in zip(
-            permit.wallet.accounts, ask.taken, permit.marks, strict=True
-        ):
-            if not units:
-                continue
-            if account.is_level:
-                account.balance += units
-            else:
-                account.put_back(units, mark)
-
-    def _return(self, account: Account, units: float, mark: float) -> None:
-        key = account, mark if units > 0 else 0.0
-        self._returns[key] = self._returns.get(key, 0.0) + units
-        if len(self._returns) > RETURNS_MAX:
-            self._returns.popitem(last=False)
+            self._returns.add(account, units - used - kept, mark)
 
     def _collect(self, now: float) -> tuple[Return, ...]:
         """Returns to send: units, and of each level that changed what is held of it."""
-        returns = [
-            Return(account.limit, units, mark)
-            for (account, mark), units in self._returns.items()
-            if units
-        ]
-        self._returns.clear()
+        returns = self._returns.take()
         for account in self._tell:
             account.held += max(-account.balance, 0.0)  # used while the Ledger was away
             account.balance = max(account.balance, 0.0)
             account.shed(account.balance - account.spare())
             account.told_at = now
             returns.append(Return(account.limit, account.held))
-            if not account.held:
+            if account.held:
+                self._active[account] = None
+            else:
                 self._active.pop(account, None)
         self._tell.clear()
         return tuple(returns)
@@ -353,7 +367,7 @@ class Leases:
                 account.least = account.balance
             elif now - account.used_at >= settings.idle_s:
                 for units, mark in account.drop():
-                    self._return(account, units, mark)
+                    self._returns.add(account, units, mark)
                 del self._active[account]
 
     def _resume(self, share: Share, now: float) -> None:
@@ -377,11 +391,5 @@ class Leases:
     def _confess(self, share: Share, now: float) -> None:
         """What was used by the local share."""
         for account, units in share.owed(now=now, month=self._month):
-            self._return(account, -units, 0.0)
+            self._returns.add(account, -units)
             self._low[account] = None
-
-
-def _covered(permit: Permit) -> bool:
-    """Whether the balances suffice by now."""
-    pairs = zip(permit.wallet.accounts, permit.costs, strict=True)
-    return all(cost <= account.balance for account, cost in pairs if cost)

@@ -20,7 +20,7 @@ from serve.admission.leases import Leases
 from serve.admission.limits import SECONDS_PER_MINUTE, day_of, month_ends
 from serve.admission.usage import UsageCount
 from serve.admission.wallets import Wallet
-from serve.errors import BadInput, QuotaExceeded, ServiceError
+from serve.errors import BadInput, Internal, QuotaExceeded, ServiceError
 from serve.ports import Ledger, Usage
 from serve.records import Caller, Klass, UsageRow
 
@@ -84,7 +84,6 @@ class Quotas:
         self._wake = asyncio.Event()
         self._futures: dict[Ask, asyncio.Future[None]] = {}
         self._recalls: dict[str, asyncio.Lock] = {}
-        self._recall_at = -math.inf
 
     @property
     def away(self) -> bool:
@@ -104,16 +103,17 @@ class Quotas:
 
     @asynccontextmanager
     async def admitted(
-        self, caller: Caller, klass: Klass, *, tokens: int, param: str = "input"
+        self, caller: Caller, klass: Klass, *, tokens: int, requests: int = 1, param: str = "input"
     ) -> AsyncIterator[Permit]:
         """Charge one request around its work: all of its limits, or none.
 
-        It is refunded when it is shed, fails by our fault or is cancelled; a caller's own mistake
-        that was only found after work was done stays charged. Raises QuotaExceeded with the limit
-        as its code and the exact wait, BadInput (`tokens_exceed_quota`) for more tokens than the
-        limit can ever hold.
+        With `requests` 0 only limits of tokens are charged: of a request that was charged before
+        its tokens were counted. It is refunded when it is shed, fails by our fault or is cancelled;
+        a caller's own mistake that was only found after work was done stays charged. Raises
+        QuotaExceeded with the limit as its code and the exact wait, BadInput
+        (`tokens_exceed_quota`) for more tokens than the limit can ever hold.
         """
-        permit = await self._admit(caller, klass, tokens, param)
+        permit = await self._admit(caller, klass, param, tokens=tokens, requests=requests)
         refund = True
         try:
             yield permit
@@ -125,7 +125,7 @@ class Quotas:
             self._leases.release(permit, self.clock(), refund=refund)
             self._nudge()
             if not refund:
-                self._add_usage(permit.wallet, requests=1, tokens=permit.tokens)
+                self._add_usage(permit.wallet, requests=permit.requests, tokens=permit.tokens)
 
     def settle(self, permit: Permit, *, tokens: int) -> None:
         """The true count is known: charge or give back the difference."""
@@ -137,15 +137,17 @@ class Quotas:
         accounts = self._leases.wallets.find(caller, klass).accounts
         return [account.rate(now, month_left_s) for account in accounts]
 
-    async def _admit(self, caller: Caller, klass: Klass, tokens: int, param: str) -> Permit:
+    async def _admit(
+        self, caller: Caller, klass: Klass, param: str, *, tokens: int, requests: int
+    ) -> Permit:
         if self.wall() >= self._turns_at:
             self._turn()
         wallet = self._leases.wallets.find(caller, klass)
         for account in wallet.months:
-            if account.free is None:
+            if account.free is None or self.clock() >= account.recall_at:
                 await self._recall(wallet)
                 break
-        answer = self._leases.charge(wallet, tokens, self.clock())
+        answer = self._leases.charge(wallet, tokens, self.clock(), requests=requests)
         if isinstance(answer, Ask):
             answer = await self._answered(answer)
         self._nudge()
@@ -173,6 +175,8 @@ class Quotas:
         except TimeoutError:
             if ask.answer is None:
                 self._fail()
+            if ask.answer is None:
+                self._leases.abandon(ask)
         except BaseException:
             if isinstance(ask.answer, Permit):
                 self._leases.release(ask.answer, self.clock(), refund=True)
@@ -181,26 +185,28 @@ class Quotas:
             raise
         finally:
             del self._futures[ask]
-        assert ask.answer is not None, "an ask is answered when its future is"  # noqa: S101
+        if ask.answer is None:
+            message = "The limits could not be charged."
+            raise Internal(message)
         return ask.answer
 
     async def _recall(self, wallet: Wallet) -> None:
         """Learn from the Store what was used this month, before the Ledger is asked for the first
-        time: it may have begun later. Without the Store the Ledger's word alone counts.
+        time: it may have begun later. Without the Store the Ledger's word counts; then one request
+        at a time tries again, and the others do not wait.
         """
         lock = self._recalls.setdefault(wallet.tenant, asyncio.Lock())
         async with lock:
-            unknown = [account for account in wallet.months if account.free is None]
-            if unknown and self.clock() >= self._recall_at:
-                try:
+            unknown = [one for one in wallet.months if self.clock() >= one.recall_at]
+            if unknown:
+                month, retry_s = self._month, self.settings.timeout_s + self.settings.retry_s
+                for account in unknown:
+                    account.recall_at = self.clock() + retry_s
+                with suppress(ServiceError, TimeoutError):
                     async with asyncio.timeout(self.settings.timeout_s):
-                        rows = await self.usage.month_usage(wallet.tenant, self._month)
-                except (ServiceError, TimeoutError):
-                    self._recall_at = self.clock() + self.settings.retry_s
-                else:
-                    for account in unknown:
-                        used = _used(account, wallet, rows)
-                        account.learn(account.limit.burst - used, self.clock())
+                        rows = await self.usage.month_usage(wallet.tenant, month)
+                    for account in unknown if month == self._month else ():
+                        self._leases.recall(account, _used(account, wallet, rows), self.clock())
         self._recalls.pop(wallet.tenant, None)
 
     def _nudge(self) -> None:
@@ -238,8 +244,7 @@ class Quotas:
                 if await self._exchange():
                     self._leases.drain()
                     await self._exchange()
-                while await self._report():
-                    pass
+                await self._report()
 
     async def _exchange_always(self) -> None:
         while True:
@@ -270,10 +275,11 @@ class Quotas:
         except Exception:  # the rim of this task: whatever goes wrong, requests must be answered
             log.exception("an exchange with the ledger failed")
             self._fail()
+            self._resolve(sent.asks)
             return False
         self.tally.exchanges += 1
         if was_away:
-            log.info("the ledger is back")
+            log.warning("the ledger is back")
         self._resolve(sent.asks)
         return True
 
@@ -287,30 +293,26 @@ class Quotas:
     def _resolve(self, asks: Sequence[Ask]) -> None:
         for ask in asks:
             future = self._futures.get(ask)
-            if future is not None and not future.done():
+            if future is not None and ask.answer is not None and not future.done():
                 future.set_result(None)
 
     async def _report_always(self) -> None:
         while True:
             await asyncio.sleep(self.settings.usage_flush_s)
-            while await self._report():
-                pass
+            await self._report()
 
-    async def _report(self) -> bool:
-        """Report some usage; false when there is none or the Store did not take it."""
-        report = self._count.due()
-        if report is None:
-            return False
-        try:
-            await self.usage.report_usage(report.session, report.rows)
-        except ServiceError as error:
-            log.warning("usage is reported later: %s", error)
-            return False
-        except Exception:  # the rim of this task: it must go on
-            log.exception("usage could not be reported")
-            return False
-        self._count.done(report)
-        return True
+    async def _report(self) -> None:
+        """Report what was used until now; what the Store does not take waits for the next time."""
+        for report in self._count.due():
+            try:
+                await self.usage.report_usage(report.session, report.rows)
+            except ServiceError as error:
+                log.warning("usage is reported later: %s", error)
+                return
+            except Exception:  # the rim of this task: it must go on
+                log.exception("usage could not be reported")
+                return
+            self._count.done(report)
 
     def _turn(self) -> None:
         """A day has ended, and perhaps a month."""

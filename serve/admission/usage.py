@@ -1,6 +1,7 @@
 """Counts what every key used, for the Store. Pure."""
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from serve.records import Klass, UsageRow
@@ -18,7 +19,11 @@ REPORT_ROWS_MAX = 1000
 
 @dataclass(slots=True)
 class _Session:
-    """Counts since it began, by month, tenant, key and class; `changed` are not yet reported."""
+    """Counts since it began, by month, tenant, key and class.
+
+    `changed` are not yet reported, those that changed last at the end: whoever is counted all the
+    time must not keep others from being reported.
+    """
 
     name: str
     rows: dict[tuple[str, str, str, Klass], list[int]]
@@ -65,16 +70,19 @@ class UsageCount:
         row[0] += requests
         row[1] += tokens
         row[2] += refused
+        self._session.changed.pop(place, None)
         self._session.changed[place] = None
 
-    def due(self) -> Report | None:
-        """What the Store has not heard, the oldest session first."""
+    def due(self) -> Iterator[Report]:
+        """What the Store has not heard by now, in parts, the oldest session first."""
         while self._ended and not self._ended[0].changed:
             self._ended.popleft()
-        session = self._ended[0] if self._ended else self._session
-        places = list(session.changed)[:REPORT_ROWS_MAX]
-        rows = tuple(UsageRow(*place, *session.rows[place]) for place in places)
-        return Report(session.name, rows) if rows else None
+        waiting = [(each, list(each.changed)) for each in (*self._ended, self._session)]
+        for session, places in waiting:
+            for start in range(0, len(places), REPORT_ROWS_MAX):
+                part = places[start : start + REPORT_ROWS_MAX]
+                rows = tuple(UsageRow(*place, *session.rows[place]) for place in part)
+                yield Report(session.name, rows)
 
     def done(self, report: Report) -> None:
         """The Store has kept it."""

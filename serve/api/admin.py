@@ -85,12 +85,21 @@ async def create_key(order: Ordered) -> Response:
 
 @router.get(
     "/v1/admin/keys",
-    openapi_extra={"parameters": [query("tenant", "Only this tenant's.")]},
+    openapi_extra={
+        "parameters": [
+            query("tenant", "Only this tenant's."),
+            query("after", "The id of the last key of the page before."),
+            query("limit", "Keys in a page.", minimum=1, maximum=PAGE_MAX),
+        ]
+    },
     responses={200: {"model": KeyList}},
 )
 async def list_keys(order: Ordered) -> Response:
-    """Live keys, by tenant and age."""
-    keys = await order.operators.list_keys(order.request.query_params.get("tenant"))
+    """Live keys, by id."""
+    asked = order.request.query_params
+    keys = await order.operators.list_keys(
+        asked.get("tenant"), asked.get("after", ""), _page(order)
+    )
     return reply({"object": "list", "data": [_key(key) for key in keys]})
 
 

@@ -105,15 +105,15 @@ def problem_body(error: ServiceError, path: str | None = None) -> dict[str, Any]
 def retry_headers(error: ServiceError) -> dict[str, str]:
     """`Retry-After` in whole seconds, rounded up, and its exact twin in milliseconds.
 
-    OpenAI's clients repeat every 409 and 429 of their own accord: those that waiting cannot cure
-    say so.
+    OpenAI's clients repeat every 409, 429 and 504 of their own accord: those that waiting cannot
+    cure say so, such as a deadline that the client sends again.
     """
     if error.retry_after_s is not None:
         return {
             "retry-after": str(math.ceil(error.retry_after_s)),
             "retry-after-ms": str(math.ceil(error.retry_after_s * 1e3)),
         }
-    if isinstance(error, QuotaExceeded | Conflict):
+    if isinstance(error, QuotaExceeded | Conflict | DeadlineExceeded):
         return {"x-should-retry": "false"}
     return {}
 

@@ -63,7 +63,7 @@ def _limit(rate: Rate) -> dict[str, Any]:
         "kind": limit.kind,
         "unit": limit.unit,
         "limit": int(limit.burst),
-        "per_minute": 60 / limit.interval_s if limit.kind == "rate" else None,
+        "per_minute": round(60 / limit.interval_s, 3) if limit.kind == "rate" else None,
         "remaining": rate.remaining,
         "reset_s": None if limit.kind == "level" else round(rate.reset_s, 3),
     }

@@ -198,7 +198,7 @@ class Batcher:
             while True:
                 slices = self._hand_out()
                 if slices:
-                    await self._serve(slices)
+                    await self._serve(slices, full=self._queue.items > 0)
                 else:
                     self._wake.clear()
                     await self._wake.wait()
@@ -246,12 +246,15 @@ class Batcher:
             items_max=batch.items_max,
         )
 
-    async def _serve(self, slices: Sequence[Slice]) -> None:
-        """Run a hand-out, the batch of the shortest inputs first: most callers wait least."""
+    async def _serve(self, slices: Sequence[Slice], *, full: bool) -> None:
+        """Run a hand-out, the batch of the shortest inputs first: most callers wait least.
+
+        A full one, after which something still waited, says what the queue's cost takes.
+        """
         members = [(part.pending, index) for part in slices for index in part.indices]
         tokens = [tokens_of(member) for member in members]
         model = members[0][0].call.model
-        pace, began = self._paces[model], self._clock()
+        pace, began, repeated = self._paces[model], self._clock(), self.tally.repeated
         batches = plan(
             tokens,
             overhead=pace.overhead,
@@ -264,7 +267,7 @@ class Batcher:
             await self._run([members[position] for position in batch])
         self._free_at = self._clock()
         self.tally.handouts += 1
-        if self._queue.items:  # it was a full one, and says what the queue's cost takes
+        if full and self.tally.repeated == repeated:
             cost = self._cost(model, sum(tokens), len(tokens))
             self._rate.learn(cost, self._free_at - began)
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -94,12 +95,13 @@ class EmbedFlow:
         size = _dimensions(served, request.dimensions)
         deadline_s = self._settings.limits.interactive_deadline_s
         work = Work(caller, request_id, "interactive", deadline_s, until)
-        async with within(until, self._clock):
+        admitted = partial(self._quotas.admitted, caller, "interactive")
+        async with within(until, self._clock), admitted(tokens=0):  # tokenising is work, too
             began = self._clock()
             ids, cuts = await self.tokenise(served, request)
             tokenise_ms = (self._clock() - began) * 1e3
             tokens = sum(len(row) for row in ids)
-            async with self._quotas.admitted(caller, "interactive", tokens=tokens):
+            async with admitted(tokens=tokens, requests=0):
                 reply = await self.run(work, served, ids)
                 if reply.failures:  # inside: a fault of ours is refunded
                     index, failure = reply.failures[0]

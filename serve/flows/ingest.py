@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 from serve.admission.quotas import Permit
@@ -108,16 +109,16 @@ class IngestFlow:
         validate_documents(documents, self._settings.limits)
         deadline_s = self._settings.limits.bulk_deadline_s
         work = Work(caller, request_id, "bulk", deadline_s, until, priority)
+        admitted = partial(self._quotas.admitted, caller, "bulk", param="documents")
         async with AsyncExitStack() as stack:
             async with within(until, self._clock):
+                await stack.enter_async_context(admitted(tokens=0))  # chunking is work, too
                 target = await self._target(work, name)
                 began = self._clock()
                 prepared = await self._prepare(target.served, documents)
                 tokenise_ms = (self._clock() - began) * 1e3
                 tokens = sum(one.tokens for one in prepared)
-                permit = await stack.enter_async_context(
-                    self._quotas.admitted(caller, "bulk", tokens=tokens, param="documents")
-                )
+                permit = await stack.enter_async_context(admitted(tokens=tokens, requests=0))
                 versions = await self._store.begin_documents(
                     new_op(),
                     target.collection.uuid,

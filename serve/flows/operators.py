@@ -4,7 +4,7 @@ Everything is checked here, before it is kept: the tenant's name, the tier, the 
 does it, for the audit log: `key:<id>` or `cli:<user>@<host>`. The hash of a secret goes nowhere.
 """
 
-import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast, get_args
@@ -26,7 +26,7 @@ KEY_NAME_CHARS_MAX = 128
 """A label for people, shown in lists."""
 
 PAGE_MAX = 1000
-"""Tenants or audit entries in one answer, about 300 KB."""
+"""Keys, tenants or audit entries in one answer, about 300 KB."""
 
 _NAME = TypeAdapter(Name)
 
@@ -82,14 +82,17 @@ class OperatorFlow:
         await self._keys.create_key(new_op(), key, by)
         return MadeKey(_shown(key), secret)
 
-    async def list_keys(self, tenant: str | None = None) -> Sequence[Key]:
-        """Every live key, of one tenant or of all, by tenant and age."""
-        return [_shown(key) for key in await self._keys.list_keys(tenant)]
+    async def list_keys(
+        self, tenant: str | None = None, after: str = "", limit: int = 100
+    ) -> Sequence[Key]:
+        """Live keys, of one tenant or of all, by id: those after `after`. Raises BadInput."""
+        _check_page(limit)
+        return [_shown(key) for key in await self._keys.list_keys(tenant, after, limit)]
 
     async def rotate_key(self, by: str, key_id: str, overlap_s: float | None = None) -> MadeKey:
         """Make a key's successor; the key itself stays live for `overlap_s` (a setting if None).
 
-        Raises BadInput, NotFound, Conflict when it was rotated and both are live.
+        Raises BadInput, NotFound, Conflict when another key of its family is live.
         """
         if overlap_s is None:
             overlap_s = self._settings.admission.key_overlap_s
@@ -258,7 +261,8 @@ def _plain(limits: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(limits, Mapping):
         raise BadInput("Limits are an object.", param="limits")
     for where, value in _leaves(limits):
-        finite = type(value) in (int, float) and math.isfinite(value)
+        # Compared, not converted: a whole number may be larger than any float.
+        finite = type(value) in (int, float) and abs(value) <= sys.float_info.max
         if not (value is None or finite or (isinstance(value, str) and where.endswith(".preset"))):
             raise BadInput(f"{where[:128]}: a number or null is expected.", param=where[:128])
     return {

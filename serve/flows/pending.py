@@ -30,7 +30,9 @@ class Pending:
     def live(self, now: float) -> bool:
         """Whether its work should go on. An expired call is answered; a departed one needs none."""
         if now >= self.expires:
-            self.fail(DeadlineExceeded("The deadline passed while the work was waiting."))
+            own = self.call.limit_s is not None  # the client's: it would pass again
+            message = "The deadline passed while the work was waiting."
+            self.fail(DeadlineExceeded(message, retry_after_s=None if own else 1))
         return not self.done.done()
 
     def put(self, index: int, row: Vector | ServiceError) -> None:

@@ -76,13 +76,13 @@ class SearchFlow:
             where = parse(request.where, terms_max=self._settings.limits.filter_terms_max)
         deadline_s = self._settings.limits.interactive_deadline_s
         work = Work(caller, request_id, "interactive", deadline_s, until)
-        async with within(until, self._clock):
+        admitted = self._quotas.admitted(caller, "interactive", tokens=0)
+        async with within(until, self._clock), admitted:
             collection = await self._collections.find(caller, name)
             if request.vector is None:
                 return await self._by_text(work, collection, request, where)
             vector = _unit(request.vector, collection.dimensions)
-            async with self._quotas.admitted(caller, "interactive", tokens=0):
-                hits = await self._index.query(collection.uuid, vector, request.top_k, where)
+            hits = await self._index.query(collection.uuid, vector, request.top_k, where)
             return Found(hits, 0, Timing())
 
     async def count(self, collection: Collection) -> int:
@@ -101,7 +101,9 @@ class SearchFlow:
         )
         tokenise_ms = (self._clock() - began) * 1e3
         tokens = len(ids[0])
-        async with self._quotas.admitted(work.caller, work.klass, tokens=tokens, param="text"):
+        async with self._quotas.admitted(
+            work.caller, work.klass, tokens=tokens, requests=0, param="text"
+        ):
             reply = await self._embed.run(work, served, ids)
             if reply.failures:
                 raise named(reply.failures[0][1], "text")

@@ -34,7 +34,7 @@ _IS_LIVE = sa.and_(
 )
 _LIVE = _FIELDS.where(_IS_LIVE)
 _BY_ID = _LIVE.where(keys.c.id == sa.bindparam("key"))
-_LISTED = _LIVE.order_by(keys.c.tenant, keys.c.created_at, keys.c.id)
+_LISTED = _LIVE.where(keys.c.id > sa.bindparam("after")).order_by(keys.c.id)
 _COUNT = sa.select(sa.func.count()).select_from(keys).where(_IS_LIVE)
 
 
@@ -44,10 +44,13 @@ def find_key(conn: sa.Connection, key_id: str, now: float) -> Key | None:
     return None if row is None else Key(*row)
 
 
-def list_keys(conn: sa.Connection, tenant: str | None, now: float) -> Sequence[Key]:
-    """Every live key, of one tenant or of all, by tenant and age."""
+def list_keys(
+    conn: sa.Connection, tenant: str | None, after: str, limit: int, *, now: float
+) -> Sequence[Key]:
+    """Up to `limit` live keys, of one tenant or of all, by id: those after `after`."""
     some = _LISTED if tenant is None else _LISTED.where(keys.c.tenant == tenant)
-    return [Key(*row) for row in conn.execute(some, {"now": now})]
+    found = conn.execute(some.limit(limit), {"now": now, "after": after})
+    return [Key(*row) for row in found]
 
 
 def create_key(conn: sa.Connection, key: Key, *, keys_max: int, by: str, now: float) -> None:
@@ -74,17 +77,21 @@ def rotate_key(
 ) -> Key:
     """Keep `successor` with all but id, secret and creation from the old key, which expires.
 
-    Raises NotFound, Conflict when the old one expires already or another of its family is live.
+    One that expires already may be rotated again once its successor was revoked: the reply with
+    that one's secret may have been lost.
+
+    Raises NotFound, Conflict when another of its family is live.
     """
     old = _found(conn, key_id, now)
-    if old.expires_at is not None:
-        raise Conflict(f"Key {key_id} was rotated already and expires.", param="id")
     others = _family(old) & (keys.c.id != key_id)
     if conn.execute(_COUNT.where(others), {"now": now}).scalar_one():
-        raise Conflict(
-            f"The key that {key_id} replaces is still live: wait for it to expire or revoke it.",
-            param="id",
+        why = (
+            f"The key that {key_id} replaces is still live: wait for it to expire or revoke it."
+            if old.expires_at is None
+            else f"Key {key_id} was rotated already and expires: to rotate it again, revoke its "
+            "successor first."
         )
+        raise Conflict(why, param="id")
     made = _insert(
         conn,
         replace(
@@ -92,6 +99,7 @@ def rotate_key(
             id=successor.id,
             secret_sha256=successor.secret_sha256,
             created_at=successor.created_at,
+            expires_at=None,
         ),
     )
     expires_at = now + overlap_s

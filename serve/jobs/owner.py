@@ -107,9 +107,11 @@ class StoreOwner(Keys, Tenants, Usage, Collections, Documents, Fence):
             lambda conn, now: keys.create_key(conn, key, keys_max=self._keys_max, by=by, now=now),
         )
 
-    async def list_keys(self, tenant: str | None = None) -> Sequence[Key]:
-        """Every live key, of one tenant or of all."""
-        return await self._do(lambda conn, now: keys.list_keys(conn, tenant, now))
+    async def list_keys(
+        self, tenant: str | None = None, after: str = "", limit: int = 100
+    ) -> Sequence[Key]:
+        """Up to `limit` live keys, of one tenant or of all, by id: those after `after`."""
+        return await self._do(lambda conn, now: keys.list_keys(conn, tenant, after, limit, now=now))
 
     async def rotate_key(
         self, op: str, key_id: str, successor: Key, overlap_s: float, by: str

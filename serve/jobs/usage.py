@@ -16,8 +16,13 @@ from serve.jobs.schema import usage_month as usage
 from serve.records import UsageRow
 
 
-OVER_S = 2 * 86_400.0
-"""After so long a session has ended: its name contains the UTC date, and it reports no more."""
+OVER_S = 10 * 86_400.0
+"""After so long without a report a session reports no more, and may be folded.
+
+A session lasts a UTC day at most, and a replica that cannot reach the Store keeps the 8 that ended
+last (`SESSIONS_MAX` in `serve/admission/usage.py`): the last report comes less than 9 days after
+the first moment of its day. One that came after the fold would be counted twice.
+"""
 
 MONTHS_KEPT = 13
 """Before the month of now: the same month of last year, whole."""

@@ -68,6 +68,18 @@ async def test_a_key_is_made_shown_once_and_works(admin, whole):
     assert len((await ok(admin.get(KEYS)))["data"]) == 6
 
 
+async def test_keys_are_listed_in_pages(admin):
+    whole = [key["id"] for key in (await ok(admin.get(KEYS)))["data"]]
+    ids = []
+    while page := (await ok(admin.get(KEYS, params={"limit": 2, "after": (ids or [""])[-1]})))[
+        "data"
+    ]:
+        assert len(page) <= 2
+        ids += [key["id"] for key in page]
+    assert ids == whole == sorted(ids)
+    assert len(ids) == 5
+
+
 async def test_a_revoked_key_is_refused_once_the_cache_lapses(admin, whole):
     key = await made(admin)
     assert await status(whole, key["secret"]) == 200
@@ -190,6 +202,7 @@ async def test_wrong_input_is_named(admin, subtests):
         ("PUT", f"{TENANTS}/acme", {"tier": "gold"}, "tier"),
         ("PUT", f"{TENANTS}/acme", {"limits": {"tokens_per_month": 0}}, "limits.tokens_per_month"),
         ("PUT", f"{TENANTS}/A%20b", {"tier": "free"}, "tenant"),
+        ("GET", f"{KEYS}?limit=0", None, "limit"),
         ("GET", f"{TENANTS}?limit=0", None, "limit"),
         ("GET", f"{TENANTS}?limit=x", None, "limit"),
         ("GET", f"{AUDIT}?limit=1001", None, "limit"),

@@ -99,6 +99,7 @@ async def test_reading_the_body_counts(whole):
     assert [call.limit_s for call in whole.embedder.calls] == [3]
     late = await client.post("/v1/embeddings", content=slowly(), headers=due(2_000))
     assert code(late) == (504, "deadline_exceeded")
+    assert late.headers["x-should-retry"] == "false"  # it would pass again
     assert len(whole.embedder.calls) == 1
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import threading
 
 import pytest
 
@@ -322,3 +323,38 @@ async def test_an_exhausted_month_is_not_worth_waiting_for(start):
     assert (await embed(client, "")).status_code in (400, 429)
     whole.clock.advance(17 * 86_400)
     assert (await embed(client, "x" * 6)).status_code == 200
+
+
+# --- tokenising ------------------------------------------------------------------------------
+
+
+async def test_an_input_refused_while_tokenising_costs_a_request(start):
+    whole = await started(start, interactive={"requests_per_minute": 60, "requests_burst": 2})
+    client = await whole.client("free")
+    for left in (1, 0):
+        answer = await embed(client, "x" * 500)
+        assert answer.status_code == 400
+        assert answer.headers["x-ratelimit-remaining-requests"] == str(left)
+    assert refusal(await embed(client, "x" * 500)) == "tenant_requests_per_minute"
+
+
+async def test_what_is_tokenised_counts_as_under_way(start, monkeypatch):
+    whole = await started(start, interactive={"concurrent_max": 1})
+    client = await whole.client("free")
+    tokenizer = type(whole.service.context.models.find("plain").tokenizer)
+    encode, begun, go_on = tokenizer.encode, threading.Event(), threading.Event()
+
+    def held(self, texts):
+        begun.set()
+        assert go_on.wait(20)
+        return encode(self, texts)
+
+    monkeypatch.setattr(tokenizer, "encode", held)
+    first = asyncio.create_task(embed(client))
+    try:
+        await until(begun.is_set)
+        assert refusal(await embed(client)) == "tenant_concurrent_requests"
+    finally:
+        go_on.set()
+    assert (await first).status_code == 200
+    assert (await embed(client)).status_code == 200

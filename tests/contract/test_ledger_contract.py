@@ -319,6 +319,17 @@ async def test_after_a_lease_silent_replicas_lapse_and_hints_are_of_no_use(rig: 
     assert grant.free[0] == pytest.approx(3, abs=1e-3)
 
 
+async def test_what_the_store_counted_of_a_month_was_used_at_least(rig: Rig):
+    month = rig.limit("month", 100)
+    await rig.give(Return(month, 0, 30))
+    assert await rig.free(month) == 70
+    await rig.draw(line(month, 20))
+    await rig.pass_(SHORT_LEASE_S + 0.1)  # the books are not new any more
+    for counted, free in ((40, 50), (60, 40), (60, 40), (10, 40)):
+        await rig.give(Return(month, 0, counted))
+        assert await rig.free(month) == free
+
+
 async def test_another_month_starts_anew(rig: Rig):
     limit = rig.limit("month")
     assert (await rig.draw(line(limit, 7))).free == (3,)

@@ -113,10 +113,10 @@ class Node:
 
     def answer(self, asks: Sequence[Ask]) -> None:
         for ask in asks:
-            request = self.waiting.pop(ask, None)
-            if request is not None:
-                assert ask.answer is not None
-                self.settle(request, ask.answer)
+            if ask.answer is not None:  # else it asks again
+                request = self.waiting.pop(ask, None)
+                if request is not None:
+                    self.settle(request, ask.answer)
 
     def settle(self, request: Request, answer: Permit | Refusal) -> None:
         if isinstance(answer, Refusal):

@@ -166,6 +166,7 @@ def test_a_new_deployment_takes_over_and_a_deleted_one_leaves_no_orphan(whole):
 
         body = {"text": "wheel", "top_k": 7}
         found = client.post("/v1/collections/kept/search", json=body)
+        assert found.status_code == 200, found.text
         assert [hit["document"] for hit in found.json()["data"]] == ["a"]
         refused = client.post("/v1/collections/kept/search", json={**body, "top_k": 8})
         assert refused.status_code == 400

@@ -302,6 +302,14 @@ def test_demo_keys_can_be_left_out(local, tmp_path, port):
     assert local.kept() == []
 
 
+def test_demo_keys_do_not_come_back_after_all_were_revoked(local, tmp_path, port):
+    start(tmp_path, port)
+    for key in local.kept():
+        asyncio.run(local.owner.revoke_key(key.id, key.id, "cli:ann@host"))
+    assert "hr_" not in start(tmp_path, port).stdout
+    assert local.kept() == []
+
+
 def test_the_fast_profile_warns_of_open_ports(local, tmp_path, port):
     done = start(tmp_path, port, "--profile", "fast")
     assert local.environment["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
@@ -391,6 +399,23 @@ def test_a_key_from_its_making_to_its_end(operate, local):
     assert operate("keys", "revoke", made["id"]) == {"id": made["id"], "revoked": True}
     (row,) = operate("keys", "list")
     assert (row["id"], row["name"], row["role"]) == (successor["id"], "ci 2", "admin")
+
+
+def test_all_keys_are_listed_page_by_page(operate, monkeypatch):
+    monkeypatch.setattr(cli_operators, "KEYS_PAGE", 2)
+    for tenant in ("beta", "acme", "beta", "acme", "acme"):
+        operate("keys", "create", "--tenant", tenant, "--tier", "free")
+    listed = operate("keys", "list")
+    assert [row["tenant"] for row in listed] == ["acme"] * 3 + ["beta"] * 2
+    ages = [row["created_at"] for row in listed]
+    assert (ages[:3], ages[3:]) == (sorted(ages[:3]), sorted(ages[3:]))
+    assert len({row["id"] for row in operate("keys", "list", "--tenant", "acme")}) == 3
+
+
+def test_the_number_of_an_entry_is_bounded(operate):
+    for number in (-1, 2**63):
+        assert run("audit", "--before", str(number), "--config", CONFIG).exit_code == 2
+    assert operate("audit", "--before", str(2**63 - 1)) == []
 
 
 def test_tenants_and_who_changed_what(operate):

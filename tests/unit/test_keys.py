@@ -6,9 +6,17 @@ from dataclasses import replace
 
 import pytest
 
-from serve.admission.keys import Door, hash_secret, new_key, parse, require_admin, successor
+from serve.admission.keys import (
+    UNKNOWN_IDS_MAX,
+    Door,
+    hash_secret,
+    new_key,
+    parse,
+    require_admin,
+    successor,
+)
 from serve.config import Admission
-from serve.errors import Forbidden, StoreUnavailable, Unauthorized
+from serve.errors import Forbidden, Overloaded, StoreUnavailable, Unauthorized
 from serve.records import Caller, Key
 
 
@@ -18,6 +26,7 @@ class Keys:
     def __init__(self, *keys: Key) -> None:
         self.known = {key.id: key for key in keys}
         self.away = False
+        self.full = False
         self.asked: list[str] = []
         self.gate: asyncio.Event | None = None
 
@@ -27,6 +36,8 @@ class Keys:
             await self.gate.wait()
         if self.away:
             raise StoreUnavailable("The Store is away.", retry_after_s=2)
+        if self.full:
+            raise Overloaded("The Store is full.", retry_after_s=1)
         return self.known.get(key_id)
 
 
@@ -287,10 +298,28 @@ async def test_the_cache_is_bounded_and_the_oldest_go(clock):
     for _, text in made:
         await front.caller(f"Bearer {text}")
     assert list(front._cache) == [key.id for key, _ in made[-3:]]
-    for _ in range(20):
+
+
+async def test_a_flood_of_unknown_ids_is_bounded_and_evicts_no_key(keys, clock):
+    front = door(keys, clock, keys_cached_max=1)
+    await front.caller(HEADER)
+    flood = [f"Bearer hr_{number:016x}_{SECRET}" for number in range(UNKNOWN_IDS_MAX + 1)]
+    for header in flood:
         with pytest.raises(Unauthorized):
-            await front.caller(f"Bearer {new_key('x', 'free', 1.0)[1]}")
-    assert len(front._cache) == 3
+            await front.caller(header)
+    assert list(front._unknown) == [parse(header)[0] for header in flood[1:]]
+    keys.away = True
+    clock.advance(1)
+    assert await front.caller(HEADER) == ACME
+
+
+async def test_an_id_is_kept_as_known_or_unknown_but_not_both(keys, clock):
+    front = door(keys, clock)
+    for known in (True, False, True):
+        keys.known = {KEY.id: KEY} if known else {}
+        await asyncio.gather(front.caller(HEADER), return_exceptions=True)
+        assert (KEY.id in front._cache, KEY.id in front._unknown) == (known, not known)
+        clock.advance(1)
 
 
 async def test_a_key_that_is_in_use_outlasts_one_that_is_not(clock):
@@ -328,6 +357,31 @@ async def test_a_known_key_outlives_an_absence_of_the_store_up_to_its_bound(keys
     with pytest.raises(StoreUnavailable) as caught:
         await front.caller(HEADER)
     assert caught.value.retry_after_s == 2
+
+
+async def test_a_known_key_outlives_also_a_store_that_is_full(keys, clock):
+    front = door(keys, clock)
+    await front.caller(HEADER)
+    keys.full = True
+    clock.advance(60.9)
+    assert await front.caller(HEADER) == ACME
+    clock.advance(0.1)
+    with pytest.raises(Overloaded):
+        await front.caller(HEADER)
+
+
+async def test_others_are_refused_at_once_while_the_store_is_known_to_be_away(keys, clock):
+    """Not after the timeout of a call of their own, and only until it is asked again."""
+    front = door(keys, clock)
+    keys.away = True
+    for _ in range(5):
+        with pytest.raises(StoreUnavailable) as caught:
+            await front.caller(HEADER)
+        assert caught.value.retry_after_s
+    assert len(keys.asked) == 1
+    keys.away = False
+    clock.advance(1)
+    assert await front.caller(HEADER) == ACME
 
 
 async def test_its_return_ends_the_stale_time(keys, clock):
@@ -434,6 +488,7 @@ async def test_when_all_have_left_the_answer_is_still_kept(keys, clock, away):
     await asyncio.gather(task, return_exceptions=True)
     await asyncio.sleep(0)
     keys.away = False
+    clock.advance(1 if away else 0)
     assert await front.caller(HEADER) == ACME
     assert len(keys.asked) == 1 + away
     assert front._questions == {}
@@ -447,6 +502,7 @@ async def test_a_failed_look_up_fails_all_who_share_it_and_is_forgotten(keys, cl
     failed = await asyncio.gather(*tasks, return_exceptions=True)
     assert [type(one) for one in failed] == [StoreUnavailable] * 2
     keys.away = False
+    clock.advance(1)
     assert await front.caller(HEADER) == ACME
 
 

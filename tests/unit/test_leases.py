@@ -2,106 +2,14 @@
 
 import gc
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 
-from serve.admission import leases as module
+from serve.admission import asks as module
 from serve.admission.accounts import Account, Terms
 from serve.admission.asks import Ask, Exchange, Permit, Refusal
-from serve.admission.bank import Bank
-from serve.admission.leases import Leases
-from serve.config import Ledger
-from serve.grants import Draw, Grant, Limit, Line
-from serve.records import Caller
-
-
-SETTINGS = Ledger()
-MONTH = "2026-11"
-# Ten a second: asked for per request by two replicas below a burst of 200, in blocks of 5 from 500.
-SMALL = Limit("t/ann", "small", "rate", "requests", 20, 0.1)
-LARGE = Limit("t/ann", "large", "rate", "requests", 600, 0.1)
-TOKENS = Limit("t/ann", "tokens", "rate", "tokens", 1000, 0.1)
-AT_ONCE = Limit("t/ann", "at once", "level", "requests", 64)
-A_MONTH = Limit("t/ann", "month", "month", "tokens", 100_000)
-
-
-class Replica:
-    """Leases of one of two replicas, with the bank they draw from."""
-
-    def __init__(self, *limits: Limit, owners_max: int = 10, bank: Bank | None = None) -> None:
-        self.now = 0.0
-        self.bank = bank or Bank(keys_max=100, lease_s=SETTINGS.lease_s)
-        self.leases = Leases(SETTINGS, replicas=2, owners_max=owners_max, month=MONTH)
-        self.limits = limits
-
-    def caller(self, tenant: str = "ann", *limits: Limit) -> Caller:
-        return Caller(tenant, "free", 1, "k", limits={"interactive": limits or self.limits})
-
-    def charge(self, tokens: int = 1, caller: Caller | None = None) -> Permit | Ask | Refusal:
-        wallet = self.leases.wallets.find(caller or self.caller(), "interactive")
-        return self.leases.charge(wallet, tokens, self.now)
-
-    def permit(self, tokens: int = 1) -> Permit:
-        """Charge, and exchange if it takes one."""
-        answer = self.charge(tokens)
-        if isinstance(answer, Ask):
-            self.exchange()
-            assert isinstance(answer.answer, Permit)
-            return answer.answer
-        assert isinstance(answer, Permit)
-        return answer
-
-    def refusal(self, tokens: int = 1) -> Refusal:
-        answer = self.charge(tokens)
-        if isinstance(answer, Ask):
-            self.exchange()
-            answer = answer.answer
-        assert isinstance(answer, Refusal)
-        return answer
-
-    def due(self) -> Exchange:
-        sent = self.leases.due(self.now)
-        assert sent is not None
-        return sent
-
-    def answers(self, sent: Exchange) -> Sequence[Grant]:
-        return self.bank.exchange("a", sent.returns, sent.draws, now=self.now, month=MONTH)
-
-    def exchange(self) -> Exchange:
-        sent = self.due()
-        self.leases.apply(sent, self.answers(sent), self.now)
-        return sent
-
-    def rest(self, seconds: float) -> None:
-        """Let time pass, with whatever exchanges are due."""
-        for _ in range(round(seconds * 10)):
-            self.now += 0.1
-            if self.leases.due(self.now):
-                self.exchange()
-
-    def others(self, limit: Limit, units: float) -> None:
-        """Another replica draws so much."""
-        draw = Draw((Line(limit, units, units),))
-        (grant,) = self.bank.exchange("b", (), [draw], now=self.now, month=MONTH)
-        assert grant.refused is None
-
-    def fail(self, seconds: float = 0.0) -> None:
-        """The Ledger does not answer what is due, if anything is."""
-        self.now += seconds
-        self.leases.due(self.now)
-        self.leases.failed(self.now)
-
-    def release(self, permit: Permit, *, refund: bool = False) -> None:
-        self.leases.release(permit, self.now, refund=refund)
-
-    def account(self, limit: Limit) -> Account:
-        (found,) = [one for one in self.leases.wallets.accounts() if one.limit.name == limit.name]
-        return found
-
-    def free(self, limit: Limit) -> float | None:
-        return self.bank.free(limit, now=self.now, month=MONTH)
+from tests.unit.leased import A_MONTH, AT_ONCE, LARGE, SETTINGS, SMALL, TOKENS, Replica
 
 
 # --- blocks -----------------------------------------------------------------------------------
@@ -417,176 +325,40 @@ def test_a_new_month_starts_unused():
     assert replica.due().draws[0].lines[0].hint == 100
 
 
-# --- the local share --------------------------------------------------------------------------
+def test_what_is_left_follows_a_changed_limit():
+    replica = Replica(AT_ONCE, A_MONTH)
+    replica.permit(1000)
+    replica.limits = replace(AT_ONCE, burst=74), replace(A_MONTH, burst=50_000)
+    replica.charge(0)
+    assert replica.account(AT_ONCE).free == 73
+    assert replica.account(A_MONTH).free == 48_900  # a block of a hundred
 
 
-def test_without_the_ledger_a_replica_has_its_part_of_what_was_left():
-    replica = Replica(replace(SMALL, interval_s=10))
-    for _ in range(8):
-        replica.permit()
-    replica.fail()
-    permits = [replica.permit() for _ in range(6)]  # half of the twelve that were left
-    assert all(permit.share is not None for permit in permits)
-    assert replica.refusal().wait_s == pytest.approx(20)
-    replica.now += 20
-    replica.permit()
+def of_months(sent: Exchange | None) -> list[float]:
+    return [one.units for one in (sent.returns if sent else ()) if one.limit.kind == "month"]
 
 
-def test_balances_go_on_without_the_ledger():
-    replica = Replica(LARGE)
-    replica.permit()
-    replica.fail()
-    assert [replica.permit().local for _ in range(5)] == [{}] * 5
-    assert replica.permit().local
+@pytest.mark.parametrize("when", ["before", "after", "in the middle"])
+def test_what_was_not_used_of_the_last_month_is_no_credit_of_the_new_one(when):
+    replica = Replica(A_MONTH)
+    permit = replica.permit(600)
+    if when == "after":
+        replica.leases.roll("2026-12", 0)
+    replica.release(permit, refund=True)
+    if when == "in the middle":
+        assert of_months(replica.due()) == [600]
+    if when != "after":
+        replica.leases.roll("2026-12", 0)
+    replica.now = 0.6
+    assert of_months(replica.leases.due(0.6)) == []
+    assert replica.account(A_MONTH).free == 100_000
 
 
-def test_those_that_wait_are_answered_by_the_share():
-    replica = Replica(SMALL)
-    asks = [replica.charge() for _ in range(12)]
-    replica.due()
-    asks += [replica.charge()]
-    assert replica.leases.failed(0) == asks
-    answers = [type(ask.answer) for ask in asks]
-    assert answers == [Permit] * 5 + [Refusal] * 8  # a second's worth of a limit not yet known
-
-
-def test_one_request_always_fits_into_a_share():
-    replica = Replica(TOKENS, replace(AT_ONCE, burst=1))
-    replica.fail()
-    permit = replica.permit(900)
-    assert replica.refusal(900).limit.name == "at once"
-    replica.release(permit)
-    assert replica.refusal(900).limit == TOKENS
-
-
-def test_a_level_has_its_part_too():
-    replica = Replica(AT_ONCE)
-    replica.fail()
-    permits = [replica.permit() for _ in range(32)]
-    assert replica.refusal() == Refusal(AT_ONCE, 1.0)
-    replica.release(permits[0])
-    replica.permit()
-
-
-def test_what_others_held_of_a_level_a_moment_ago_is_not_given_out_twice():
-    ten = replace(AT_ONCE, burst=10)
-    replica = Replica(ten)
-    replica.others(ten, 7)
-    permits = [replica.permit()]
-    replica.fail()
-    permits.append(replica.permit())  # half of the two that were left
-    replica.refusal()
-    replica.now = 1.1
-    permits += [replica.permit() for _ in range(3)]  # half of all
-    replica.refusal()
-
-
-def test_a_refund_by_the_share_is_given_back_to_it():
-    replica = Replica(replace(SMALL, interval_s=1000), A_MONTH)
-    replica.permit(1)
-    replica.fail()
-    permits = [replica.permit(10) for _ in range(9)]
-    replica.refusal(10)
-    replica.release(permits[-1], refund=True)
-    replica.permit(10)
-    replica.refusal(10)
-
-
-def test_what_came_from_both_is_given_back_to_both_and_once():
+def test_what_was_reserved_of_the_last_month_is_not_put_into_the_new_one():
     replica = Replica(A_MONTH)
     replica.permit(50)
-    replica.fail()
-    permit = replica.permit(150)  # 100 of a block, 50 of the share
-    replica.leases.settle(permit, 75, 0)
-    replica.release(permit, refund=True)
-    late = replica.permit(30)
-    replica.rest(3)
-    assert replica.leases.share is None
-    replica.release(late, refund=True)
-    replica.rest(0.1)
-    assert replica.free(A_MONTH) == 100_000 - 50
-
-
-def test_what_is_in_use_of_a_level_by_its_share_is_told():
-    replica = Replica(AT_ONCE)
-    replica.fail()
-    permits = [replica.permit() for _ in range(9)]
-    replica.rest(3)
-    assert replica.free(AT_ONCE) == 55
-    for permit in permits:
-        replica.release(permit)
-    replica.rest(3)
-    assert replica.free(AT_ONCE) == 64
-
-
-def test_what_was_used_of_a_share_that_refilled_is_told_to_the_last():
-    replica = Replica(SMALL)
-    for _ in range(20):
-        replica.permit()
-    replica.fail()
-    replica.now = 2.0
-    for _ in range(10):
-        replica.permit()
-    replica.refusal()
-    told = [sum(one.units for one in replica.exchange().returns)]
-    assert replica.free(SMALL) == pytest.approx(10)
-    replica.now = 4.1
-    for _ in range(5):
-        replica.permit()
-    sent = replica.due()
-    replica.permit()
-    replica.leases.apply(sent, replica.answers(sent), replica.now)
-    told.append(sum(one.units for one in sent.returns))
-    told.append(sum(one.units for one in replica.exchange().returns))
-    assert told == [pytest.approx(-10), pytest.approx(-5), pytest.approx(-1)]
-    assert replica.leases.share is None
-
-
-def test_what_was_used_meanwhile_is_told_when_the_ledger_is_back():
-    slow = replace(SMALL, interval_s=1000)
-    replica = Replica(slow, A_MONTH)
-    replica.permit(50)
-    replica.leases.drain()
-    replica.exchange()
-    replica.fail(0.1)
-    for _ in range(4):
-        replica.permit(10)
-    assert replica.free(slow) == pytest.approx(19, abs=1e-3)
-    sent = replica.exchange()
-    assert {one.limit.name: one.units for one in sent.returns} == {
-        "small": pytest.approx(-4, abs=1e-3),
-        "month": -40,
-    }
-    assert all(line.want == 0 for draw in sent.draws for line in draw.lines)
-    assert replica.free(slow) == pytest.approx(15, abs=1e-3)
-    assert replica.free(A_MONTH) == 100_000 - 90
-
-
-def test_a_ledger_that_lost_its_books_learns_what_is_known():
-    slow = replace(SMALL, interval_s=1000)
-    replica = Replica(slow, A_MONTH, AT_ONCE)
-    for _ in range(5):
-        replica.permit(10)
-    replica.fail()
-    replica.permit(10)
-    replica.bank = Bank(keys_max=100, lease_s=60)
-    for _ in range(3):
-        replica.exchange()
-    assert replica.free(slow) == pytest.approx(14, abs=0.01)
-    assert replica.free(A_MONTH) == 100_000 - 60 - replica.account(A_MONTH).balance
-    assert replica.free(AT_ONCE) == 64 - replica.account(AT_ONCE).held
-
-
-def test_the_share_holds_until_all_replicas_have_told_the_ledger():
-    replica = Replica(SMALL)
-    replica.permit()
-    replica.fail()
-    replica.exchange()
-    for replica.now in (0.1, 1.0, 1.9):
-        assert isinstance(replica.charge(), Permit)
-        replica.exchange()
-        assert replica.leases.share is not None
-    replica.now = 2.0
-    replica.exchange()
-    assert replica.leases.share is None
-    assert isinstance(replica.charge(), Ask)
+    ask = replica.charge(150)
+    assert ask.taken == [100]
+    replica.leases.roll("2026-12", 0)
+    replica.leases.abandon(ask)
+    assert replica.account(A_MONTH).balance == 0

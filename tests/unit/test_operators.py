@@ -97,6 +97,8 @@ LIMITS = [
     ({"bulk": {"concurrent_max": 1.5}}, "limits.bulk.concurrent_max"),
     ({"bulk": {"requests_per_minute": float("inf")}}, "limits.bulk.requests_per_minute"),
     ({"bulk": {"requests_per_minute": float("nan")}}, "limits.bulk.requests_per_minute"),
+    ({"bulk": {"requests_per_minute": 10**400}}, "limits.bulk.requests_per_minute"),
+    ({"tokens_per_month": -(10**400)}, "limits.tokens_per_month"),
     ({"bulk": {"requests_per_minute": [1]}}, "limits.bulk.requests_per_minute"),
     ({"bulk": {"requests_per_day": 1}}, "limits.bulk.requests_per_day"),
     ({"bulk": {"preset": "gold"}}, "limits.bulk.preset"),
@@ -111,7 +113,7 @@ LIMITS = [
 ]
 
 
-@pytest.mark.parametrize(("limits", "param"), LIMITS, ids=str)
+@pytest.mark.parametrize(("limits", "param"), LIMITS, ids=lambda value: str(value)[:60])
 async def test_limits_are_checked_and_the_field_is_named(flow, limits, param):
     key = (await flow.create_key(BY, tenant="acme", tier="free")).key
     for act in (
@@ -229,6 +231,10 @@ async def test_lists_come_in_bounded_pages(flow):
     assert [each.tenant for each in entries] == ["c", "b"]
     assert [each.tenant for each in await flow.audit(before=entries[-1].number)] == ["a"]
     assert [each.by for each in await flow.audit("b")] == [BY]
+    made = [await flow.create_key(BY, tenant="a") for _ in range(3)]
+    ids = sorted(each.key.id for each in made)
+    assert [each.id for each in await flow.list_keys("a", ids[0], 1)] == ids[1:2]
     for limit in (0, 1001):
+        await refused(flow.list_keys(limit=limit), "limit")
         await refused(flow.list_tenants("", limit), "limit")
         await refused(flow.audit(limit=limit), "limit")

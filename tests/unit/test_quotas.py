@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -328,6 +329,24 @@ async def test_success_is_paid_for_by_its_true_count(town):
     await refusal(quotas, 751)
 
 
+async def test_tokens_can_be_charged_after_their_request(town):
+    quotas = town.replica()
+    who = caller(QUOTA.model_copy(update={"concurrent_max": 1}), month=10_000)
+    async with quotas.admitted(who, "interactive", tokens=0):
+        assert (await refusal(quotas, 0, who)).code == "tenant_concurrent_requests"
+        async with quotas.admitted(who, "interactive", tokens=600, requests=0):
+            during = left(quotas, who)
+    assert list(during.values()) == [3, 400, 0, 9400]
+    with pytest.raises(QuotaExceeded):
+        async with quotas.admitted(who, "interactive", tokens=0):
+            await use(quotas, 500, who, requests=0)
+    with pytest.raises(Overloaded):
+        async with quotas.admitted(who, "interactive", tokens=300, requests=0):
+            raise Overloaded
+    assert list(left(quotas, who).values()) == [3, 400, 1, 9400]
+    assert list(quotas._count._session.rows.values()) == [[1, 600, 2]]
+
+
 async def test_one_who_leaves_while_waiting_is_not_charged(town):
     town.books.hangs = True
     quotas = town.replica()
@@ -425,9 +444,24 @@ async def test_a_store_that_is_away_is_not_asked_for_every_request(town):
     for _ in range(5):
         await use(quotas, 1, who)
     assert len(town.books.months) == 1
-    town.clock.advance(LEDGER.retry_s)
+    town.clock.advance(LEDGER.timeout_s + LEDGER.retry_s)
     await use(quotas, 1, who)
     assert len(town.books.months) == 2
+
+
+async def test_a_store_that_was_away_at_first_is_asked_until_it_answers(town):
+    quotas, who = town.replica(), caller(Quota(), month=1000)
+    town.books.store_away = True
+    await use(quotas, 100, who)
+    town.books.store_away = False
+    town.books.rows = [UsageRow("2026-11", "ann", "k", "interactive", 1, 700, 0)]
+    bob = caller(Quota(), tenant="bob", month=1000)
+    await use(quotas, 1, bob)
+    assert left(quotas, bob)["tenant_tokens_per_month"] == 299
+    town.clock.advance(LEDGER.lease_s + 1)  # the Ledger looks at no hints any more
+    await use(quotas, 1, who)
+    await refusal(quotas, 300, who)
+    await use(quotas, 299, who)
 
 
 async def test_usage_is_counted_and_reported(town):
@@ -451,6 +485,20 @@ async def test_usage_is_counted_and_reported(town):
     (old,), (new,) = town.books.reported.values()
     assert (old.requests, old.tokens) == (3, 801)
     assert (new.month, new.tokens) == ("2026-12", 2)
+
+
+async def test_what_is_used_during_a_report_waits_for_the_next_one(town, monkeypatch):
+    quotas, told = town.replica(runs=False), []
+
+    async def report_usage(_session: str, rows: Sequence[UsageRow]) -> None:
+        told.append(rows)
+        await asyncio.sleep(0)
+        await use(quotas, 1, caller(Quota()))
+
+    monkeypatch.setattr(town.books, "report_usage", report_usage)
+    await use(quotas, 1, caller(Quota()))
+    await quotas.close()
+    assert [[row.tokens for row in rows] for rows in told] == [[1]]
 
 
 # --- without the Ledger -----------------------------------------------------------------------
@@ -504,6 +552,27 @@ async def test_a_fault_in_the_background_is_logged_and_does_not_end_it(town, cap
     assert "an exchange with the ledger failed" in caplog.text
     town.books.bank = good
     await until(lambda: quotas.tally.exchanges > 0)
+
+
+async def test_an_answer_without_sense_leaves_nothing_reserved(town, monkeypatch):
+    quotas, who = town.replica(runs=False), caller(Quota(concurrent_max=8))
+    monkeypatch.setattr(town.books, "exchange", AsyncMock(return_value=()))
+    waiting = [asyncio.create_task(use(quotas, who=who)) for _ in range(2)]
+    await until(lambda: len(quotas._futures) == 2)
+    assert not await quotas._exchange()
+    assert all(future.done() for future in quotas._futures.values())
+    await asyncio.gather(*waiting)
+    assert quotas._leases.wallets.find(who, "interactive").accounts[0].in_use() == 0
+
+
+async def test_one_whom_nothing_answers_fails_and_has_nothing_reserved(town, monkeypatch):
+    quotas, who = town.replica(runs=False), caller(Quota(tokens_per_minute=60_000))
+    monkeypatch.setattr(quotas._leases, "failed", lambda _: [])
+    account = quotas._leases.wallets.find(who, "interactive").accounts[0]
+    account.add(10, 0.0)
+    with pytest.raises(Internal):
+        await use(quotas, 15, who)
+    assert account.balance == 10
 
 
 async def test_close_gives_everything_back_and_reports_usage(town):

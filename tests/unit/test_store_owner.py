@@ -482,7 +482,7 @@ async def test_kill_9_loses_nothing_that_was_acknowledged(opened: Open, path: Pa
     assert len(generations) == 8
 
     owner = opened(lock_wait_s=30)
-    assert keys <= {each.id for each in await owner.list_keys()}
+    assert keys <= {each.id for each in await owner.list_keys(limit=100_000)}
     writes = [DocumentWrite(name, 1) for name in generations]
     for version in await owner.begin_documents("after", "0" * 32, writes):
         # One more than acknowledged may have been committed when the process died.

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from serve.admission.usage import SESSIONS_MAX
 from serve.config import Store
 from serve.errors import Conflict, QuotaExceeded
 from serve.jobs import schema, usage
@@ -78,6 +79,11 @@ def test_sessions_that_ended_become_one_row_per_key_and_class(conn: sa.Connectio
     assert usage.fold(conn, 100 * usage.OVER_S, 10) == 0  # what was folded stays
 
 
+def test_nothing_is_folded_that_a_replica_may_still_report():
+    """It keeps the sessions of so many days before today's."""
+    assert usage.OVER_S >= (SESSIONS_MAX + 1) * DAY_S + HOUR_S
+
+
 def test_a_report_keeps_its_session_open(conn: sa.Connection):
     usage.report(conn, "s", [used()], 0.0)
     usage.report(conn, "s", [used()], 10.0)  # with nothing new
@@ -110,11 +116,11 @@ async def test_the_owner_folds_every_hour(owner: StoreOwner, clock: Any):
 
         return await asyncio.wrap_future(owner._committer.submit(read))
 
-    clock.advance(2 * DAY_S + 1)
+    clock.advance(usage.OVER_S + 1)
     await owner.find_key("k")
     await owner.report_usage("t", [used()])
     assert await sessions() == ["", "t"]
-    clock.advance(2 * DAY_S + HOUR_S)
+    clock.advance(usage.OVER_S + HOUR_S)
     await owner.find_key("k")
     assert await sessions() == [""]
 

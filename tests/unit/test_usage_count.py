@@ -16,8 +16,7 @@ def row(key="k", month="2026-11", requests=1, tokens=10, refused=0) -> UsageRow:
 
 
 def report(count: UsageCount) -> Report:
-    due = count.due()
-    assert due is not None
+    due = next(count.due())
     count.done(due)
     return due
 
@@ -27,7 +26,7 @@ def test_counts_are_cumulative_and_only_what_changed_is_reported():
     use(count)
     use(count, "other")
     assert report(count).rows == (row(), row("other"))
-    assert count.due() is None
+    assert not list(count.due())
     use(count, tokens=5)
     use(count, tokens=0, refused=1)
     assert report(count).rows == (row(requests=2, tokens=15, refused=1),)
@@ -36,12 +35,12 @@ def test_counts_are_cumulative_and_only_what_changed_is_reported():
 def test_what_is_not_kept_is_reported_again_and_with_what_came_since():
     count = new_count()
     use(count)
-    first = count.due()
+    first = next(count.due())
     use(count)
     assert first.rows == (row(),)
     count.done(first)
     assert report(count).rows == (row(requests=2, tokens=20),)
-    assert count.due() is None
+    assert not list(count.due())
 
 
 def test_a_session_ends_with_its_day_and_is_reported_first():
@@ -53,7 +52,7 @@ def test_a_session_ends_with_its_day_and_is_reported_first():
     assert (old.rows, new.rows) == ((row(),), (row(month="2026-12"),))
     assert old.session == "replica/2026-11-30/1"
     assert new.session == "replica/2026-12-01/2"
-    assert count.due() is None
+    assert not list(count.due())
 
 
 def test_rows_and_sessions_are_bounded_and_so_is_a_report(monkeypatch):
@@ -67,3 +66,31 @@ def test_rows_and_sessions_are_bounded_and_so_is_a_report(monkeypatch):
     for number in range(1000):
         use(count, f"n{number}")
     assert sum(len(one.rows) for one in count._ended) <= 3 * module.SESSIONS_MAX
+
+
+def test_what_changes_during_a_report_waits_for_the_next_one(monkeypatch):
+    monkeypatch.setattr(module, "REPORT_ROWS_MAX", 2)
+    count = new_count()
+    for key in "abc":
+        use(count, key)
+    parts = []
+    for part in count.due():
+        parts.append([one.key for one in part.rows])
+        assert len(parts) <= 2
+        use(count, "a")
+        use(count, "late")
+        count.done(part)
+    assert parts == [["a", "b"], ["c"]]
+    assert [one.key for one in report(count).rows] == ["a", "late"]
+
+
+def test_one_who_is_counted_all_the_time_keeps_nobody_from_being_reported(monkeypatch):
+    monkeypatch.setattr(module, "REPORT_ROWS_MAX", 1)
+    count = new_count()
+    use(count, "hot")
+    use(count, "cold")
+    for key in ("hot", "cold"):
+        (first, *_) = count.due()
+        use(count, "hot")
+        count.done(first)
+        assert first.rows[0].key == key

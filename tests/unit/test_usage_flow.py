@@ -1,5 +1,6 @@
 """What a caller is told of itself: its usage, its limits, and why its work waits."""
 
+import asyncio
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +9,8 @@ import pytest
 
 from serve.admission.accounts import Rate
 from serve.config import Ledger
-from serve.flows.usage import UsageFlow, Waiting
+from serve.errors import StoreUnavailable
+from serve.flows.usage import ANSWERS_MAX, KEPT_S, UsageFlow, Waiting
 from serve.grants import Limit
 from serve.records import Caller, QueuePlace, QueueReport, UsageRow
 
@@ -40,9 +42,15 @@ class Sources:
         self.rows: list[UsageRow] = []
         self.reports: list[QueueReport] = []
         self.asked: list[Any] = []
+        self.gate: asyncio.Event | None = None
+        self.fault: Exception | None = None
 
     async def month_usage(self, tenant: str, month: str) -> list[UsageRow]:
         self.asked.append((tenant, month))
+        if self.gate is not None:
+            await self.gate.wait()
+        if self.fault is not None:
+            raise self.fault
         return self.rows
 
     async def queue_reports(self, tenant: str) -> list[QueueReport]:
@@ -63,9 +71,10 @@ def sources() -> Sources:
 
 
 @pytest.fixture
-def flow(sources: Sources) -> UsageFlow:
+def flow(sources: Sources, clock: Any) -> UsageFlow:
     context: Any = SimpleNamespace(
         quotas=sources,
+        clock=clock,
         wall=lambda: 1_798_761_599.9,  # the last moment of 2026
         settings=SimpleNamespace(ledger=Ledger(queue_places_max=14)),
     )
@@ -81,7 +90,7 @@ async def test_usage_is_the_callers_own_of_this_month(flow, sources):
     assert view.rates == expected
 
 
-async def test_no_more_is_left_of_a_month_than_the_store_knows(flow, sources):
+async def test_no_more_is_left_of_a_month_than_the_store_knows(flow, sources, clock):
     sources.rows = [
         UsageRow("2026-12", "acme", "k1", "bulk", 1, 20, 0),
         UsageRow("2026-12", "acme", "k1", "interactive", 1, 5, 0),
@@ -91,11 +100,55 @@ async def test_no_more_is_left_of_a_month_than_the_store_knows(flow, sources):
     for klass in ("interactive", "bulk"):
         assert [rate.remaining for rate in view.rates[klass]] == [40, 45, 5]
     sources.rows.append(UsageRow("2026-12", "acme", "k1", "bulk", 1, 500, 0))
+    clock.advance(KEPT_S)
     assert [rate.remaining for rate in (await flow.usage(ACME)).rates["bulk"]] == [40, 0, 0]
 
 
-async def test_nothing_waits(flow, sources):
+async def test_an_answer_serves_its_tenant_for_a_while(flow, sources, clock):
+    sources.reports = [report()]
+    for advance_s in (0.0, KEPT_S - 0.01):
+        clock.advance(advance_s)
+        await flow.queue(ACME)
+        await flow.usage(replace(ACME, key="k2"))
+    assert sources.asked == ["acme", ("acme", "2026-12")]
+    await flow.queue(replace(ACME, tenant="else"))
+    assert sources.asked[2:] == ["else"]
+    clock.advance(0.01)
+    sources.reports = []
+    assert (await flow.queue(ACME)).everyone_tokens == 0
+    assert sources.asked[3:] == ["acme"]
+
+
+async def test_those_who_ask_at_once_share_the_question_and_its_failure(flow, sources, clock):
+    sources.gate, sources.fault = asyncio.Event(), StoreUnavailable("Away.", retry_after_s=1)
+    tasks = [asyncio.create_task(flow.usage(ACME)) for _ in range(3)]
+    await asyncio.sleep(0)
+    clock.advance(10)
+    tasks.append(asyncio.create_task(flow.usage(ACME)))
+    await asyncio.sleep(0)
+    tasks[0].cancel()
+    await asyncio.sleep(0)
+    sources.gate.set()
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(one) for one in outcomes] == [asyncio.CancelledError] + [StoreUnavailable] * 3
+    assert len(sources.asked) == 1
+    sources.fault = None
+    assert (await flow.usage(ACME)).rows == []  # its time was over when it came
+
+
+async def test_the_kept_answers_are_bounded(flow, sources):
+    for number in range(ANSWERS_MAX + 1):
+        await flow.queue(replace(ACME, tenant=f"t{number}"))
+    assert len(flow._reports._answers) == ANSWERS_MAX
+    del sources.asked[:]
+    for number in (ANSWERS_MAX, 0):
+        await flow.queue(replace(ACME, tenant=f"t{number}"))
+    assert sources.asked == ["t0"]
+
+
+async def test_nothing_waits(flow, sources, clock):
     for sources.reports in ([], [report()]):
+        clock.advance(KEPT_S)
         view = await flow.queue(ACME)
         assert (view.whole, view.classes) == (None, {})
         assert view.why == "Nothing of yours is waiting."
