@@ -38,6 +38,7 @@ class Plan:
 
     rounds: int = 2
     target_ms: float = 100
+    cpus: float = 2
     idle_s: float = 5
     flood_s: float = 20
     shares_s: float = 15
@@ -218,7 +219,7 @@ def shown(result: Mapping[str, Any]) -> str:
 
 def measure(plan: Plan) -> dict[str, Any]:
     """Every policy in every round, over one cluster."""
-    with town.running(POLICIES, plan.target_ms) as (towns, cluster):
+    with town.running(POLICIES, target_ms=plan.target_ms, cpus=plan.cpus) as (towns, cluster):
         return asyncio.run(_measure(towns, cluster, plan))
 
 
@@ -237,12 +238,13 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--simulated", action="store_true", help="in this process, without Ray")
     parser.add_argument("--rounds", type=int, default=Plan.rounds)
     parser.add_argument("--target-ms", type=float, default=Plan.target_ms)
+    parser.add_argument("--cpus", type=float, default=Plan.cpus, help="threads of the model")
     options = parser.parse_args(words)
     if options.smoke or options.simulated:
         simulated.run(smoke=options.smoke, rounds=options.rounds, out=options.out)
         return
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    plan = Plan(rounds=options.rounds, target_ms=options.target_ms)
+    plan = Plan(rounds=options.rounds, target_ms=options.target_ms, cpus=options.cpus)
     result = measure(plan)
     print(shown(result))
     loads = {

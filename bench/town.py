@@ -77,11 +77,13 @@ class Cluster:
 
 
 @contextmanager
-def running(policies: Sequence[str], target_ms: float) -> Iterator[tuple[dict[str, Town], Cluster]]:
-    """A town for each policy, over one cluster."""
+def running(
+    policies: Sequence[str], *, target_ms: float, cpus: float
+) -> Iterator[tuple[dict[str, Town], Cluster]]:
+    """A town for each policy, over one cluster; `cpus` are the threads of each model."""
     with tempfile.TemporaryDirectory(prefix="hr-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        config = _config(folder, policies, target_ms)
+        config = _config(folder, policies, {"target_ms": target_ms}, cpus)
         keys = asyncio.run(_keys(folder, config))
         port = servers.free_port()
         program = Path(sys.executable).with_name("headrace")
@@ -100,7 +102,7 @@ def _model(policy: str) -> str:
     return f"minilm-{policy}"
 
 
-def _config(folder: Path, policies: Sequence[str], target_ms: float) -> Path:
+def _config(folder: Path, policies: Sequence[str], batch: Mapping[str, float], cpus: float) -> Path:
     raw = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
     application = raw["applications"][0]
     application["import_path"] = "bench.cluster:build"
@@ -116,7 +118,8 @@ def _config(folder: Path, policies: Sequence[str], target_ms: float) -> Path:
             **pool,
             "name": policy,
             "models": [{**pool["models"][0], "id": _model(policy)}],
-            "batch": {**pool["batch"], "target_ms": target_ms},
+            "batch": {**pool["batch"], **batch},
+            "cpus": cpus,
         }
         for policy in policies
     ]

@@ -121,7 +121,7 @@ class Key:
     Attributes:
         tier: the tenant's tier of now.
         family: id of the first key of a chain of rotations; limits and usage follow it.
-        limits: of this key, in the shape of `serve.config.Allowance`; empty: none of its own.
+        limits: of this key, in the shape of `serve.allowance.Allowance`; empty: none of its own.
         tenant_limits: what the tenant has instead of its tier's, in the same shape, in parts.
         expires_at: epoch seconds after which it is no longer live; None: never.
     """

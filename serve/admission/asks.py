@@ -193,11 +193,9 @@ def _later(line: Line, seconds: float) -> float:
     return min(hint + seconds / line.limit.interval_s, line.limit.burst)
 
 
-def covered(permit: Permit, *, elsewhere: bool) -> bool:
-    """Whether the balances suffice by now, or would with what the Ledger has left."""
+def covered(permit: Permit) -> bool:
+    """Whether the balances and what the Ledger has left would suffice together."""
     pairs = zip(permit.wallet.accounts, permit.costs, strict=True)
     return all(
-        cost <= account.balance + (max(account.free or 0.0, 0.0) if elsewhere else 0.0)
-        for account, cost in pairs
-        if cost
+        cost <= account.balance + max(account.free or 0.0, 0.0) for account, cost in pairs if cost
     )

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from serve.admission.limits import caller_of
-from serve.config import Admission, Tier
+from serve.allowance import Tier
+from serve.config import Admission
 from serve.errors import Forbidden, Overloaded, ServiceError, StoreUnavailable, Unauthorized
 from serve.ports import Keys
 from serve.records import Caller, Key, Role

@@ -304,11 +304,7 @@ class Leases:
                 line = draw.lines[grant.refused]
                 ask.put_back(self._month)
                 # by what others were granted beyond their need
-                if covered(permit, elsewhere=False):
-                    self._take(permit, now)
-                    ask.answer = permit
-                    return
-                if ask.tries < TRIES_MAX and covered(permit, elsewhere=True):
+                if ask.tries < TRIES_MAX and covered(permit):
                     self._ask(ask, now)
                     return
                 known = self.refusal(permit.wallet, permit.costs, now)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from datetime import UTC, datetime
 
-from serve.config import Allowance, Quota, Tier
+from serve.allowance import Allowance, Quota, Tier
 from serve.grants import Limit
 from serve.records import KLASSES, Caller, Key, Klass
 

@@ -9,10 +9,10 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from serve.allowance import Allowance
 from serve.api.problems import OPENAI_PATHS
 from serve.api.shapes import OpenAIError, Problem
 from serve.api.wire import REF, Body
-from serve.config import Allowance
 
 
 WITH_KEY = "/v1/"

@@ -12,7 +12,8 @@ from typing import Any, cast, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from serve.admission.keys import new_key, successor
-from serve.config import Allowance, Name, Settings
+from serve.allowance import Allowance
+from serve.config import Name, Settings
 from serve.errors import BadInput, NotFound
 from serve.flows.context import new_op
 from serve.ports import Keys, Tenants

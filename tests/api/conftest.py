@@ -29,9 +29,10 @@ from fastapi import FastAPI
 from serve.admission.bank import BankLedger
 from serve.admission.keys import Door, new_key
 from serve.admission.quotas import Quotas
+from serve.allowance import Quota, Tier
 from serve.api.app import create_app
 from serve.api.service import Service
-from serve.config import Admission, Buffer, Chunking, Model, Quota, Settings, Tier
+from serve.config import Admission, Buffer, Chunking, Model, Settings
 from serve.config import Pool as PoolSettings
 from serve.embedding.fake import FakeEngine, Faults
 from serve.embedding.pool import Pool

@@ -8,7 +8,8 @@ import numpy as np
 import openai
 import pytest
 
-from serve.config import Admission, Limits, Tier
+from serve.allowance import Tier
+from serve.config import Admission, Limits
 from serve.errors import (
     DeadlineExceeded,
     Internal,

@@ -1,6 +1,7 @@
 """`GET /v1/usage` and `GET /v1/queue`: the caller's own figures, in numbers and in words."""
 
-from serve.config import Admission, Tier
+from serve.allowance import Tier
+from serve.config import Admission
 from serve.errors import LedgerUnavailable, StoreUnavailable
 from serve.records import QueuePlace, QueueReport
 

@@ -7,8 +7,9 @@ import threading
 import pytest
 
 from serve.admission.quotas import Rate
+from serve.allowance import Quota, Tier
 from serve.api.rates import rate_headers
-from serve.config import Admission, Quota, Tier
+from serve.config import Admission
 from serve.grants import Limit
 
 

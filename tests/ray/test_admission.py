@@ -19,7 +19,7 @@ from deployments.handles import LedgerPort
 from serve.admission.limits import limits_of
 from serve.admission.quotas import Quotas
 from serve.admission.redis import RedisLedger
-from serve.config import Allowance, Quota
+from serve.allowance import Allowance, Quota
 from serve.errors import QuotaExceeded
 from serve.ports import Ledger
 from serve.records import Caller, UsageRow

@@ -6,7 +6,8 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from serve.config import Allowance, Quota, Settings
+from serve.allowance import Allowance, Quota
+from serve.config import Settings
 
 
 FAKE = {"id": "fake", "engine": "fake", "dimensions": 8, "tokens_max": 64}

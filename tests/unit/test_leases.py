@@ -9,6 +9,8 @@ import pytest
 from serve.admission import asks as module
 from serve.admission.accounts import Account, Terms
 from serve.admission.asks import Ask, Exchange, Permit, Refusal
+from serve.admission.leases import TRIES_MAX
+from serve.grants import Limit
 from tests.unit.leased import A_MONTH, AT_ONCE, LARGE, SETTINGS, SMALL, TOKENS, Replica
 
 
@@ -362,3 +364,19 @@ def test_what_was_reserved_of_the_last_month_is_not_put_into_the_new_one():
     replica.leases.roll("2026-12", 0)
     replica.leases.abandon(ask)
     assert replica.account(A_MONTH).balance == 0
+
+
+@pytest.mark.parametrize("tokens", [7, 10, 13])
+def test_the_last_units_are_had_although_some_lie_here_and_some_at_the_ledger(tokens):
+    queue = Limit("t/ann", "queue", "level", "tokens", 50 * tokens)
+    replica = Replica(queue)
+    answers = [replica.permit(tokens)]
+    for some in (3, 11, 20, 15):
+        answers += [replica.charge(tokens) for _ in range(some)]
+        for _ in range(TRIES_MAX):
+            if replica.leases.urgent:
+                replica.exchange()
+    had = [answer.answer if isinstance(answer, Ask) else answer for answer in answers]
+    assert len(had) == 50
+    assert all(isinstance(answer, Permit) for answer in had)
+    assert isinstance(replica.refusal(tokens), Refusal)

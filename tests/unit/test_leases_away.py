@@ -96,11 +96,12 @@ def test_what_came_from_both_is_given_back_to_both_and_once():
     assert replica.free(A_MONTH) == 100_000 - 50
 
 
-def test_what_is_in_use_of_a_level_by_its_share_is_told():
+@pytest.mark.parametrize("seconds", [3, SETTINGS.lease_s * 1.5])
+def test_what_is_in_use_of_a_level_by_its_share_is_told_and_does_not_lapse(seconds):
     replica = Replica(AT_ONCE)
     replica.fail()
     permits = [replica.permit() for _ in range(9)]
-    replica.rest(3)
+    replica.rest(seconds)
     assert replica.free(AT_ONCE) == 55
     for permit in permits:
         replica.release(permit)
@@ -177,18 +178,6 @@ def test_what_a_ledger_did_not_hear_before_it_was_away_again_is_told_later():
     replica.fail(SETTINGS.lease_s / 2)
     replica.rest(3)
     assert replica.free(A_MONTH) == 100_000 - 350
-
-
-def test_a_level_first_used_without_the_ledger_is_told_again_and_does_not_lapse():
-    replica = Replica(AT_ONCE)
-    replica.fail()
-    permits = [replica.permit() for _ in range(9)]
-    replica.rest(90)
-    assert replica.free(AT_ONCE) == 55
-    for permit in permits:
-        replica.release(permit)
-    replica.rest(3)
-    assert replica.free(AT_ONCE) == 64
 
 
 def test_a_ledger_that_lost_its_books_learns_what_is_known():

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from serve.admission.limits import caller_of, day_of, limits_of, month_ends, month_of
-from serve.config import Allowance, Quota, Tier
+from serve.allowance import Allowance, Quota, Tier
 from serve.grants import Limit
 from serve.records import Key
 
