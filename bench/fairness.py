@@ -1,6 +1,6 @@
 """How long does a light tenant wait while others flood, and who gets how much of the model?
 
-    python -m bench.fairness              # a real Ray cluster, torch on the CPU: about 16 minutes
+    python -m bench.fairness              # a real Ray cluster, torch on the CPU: about 18 minutes
     python -m bench.fairness --simulated  # one process, a simulated device: about three minutes
     python -m bench.fairness --smoke      # the same, under 30 s
 
@@ -34,14 +34,14 @@ TINY_CONNECTIONS = 32
 
 @dataclass(frozen=True)
 class Plan:
-    """How long each phase lasts."""
+    """How long each phase lasts. One core of two for the model: proxy and load program take the other."""
 
     rounds: int = 2
     target_ms: float = 100
-    cpus: float = 2
+    cpus: float = 1
     idle_s: float = 5
-    flood_s: float = 20
-    shares_s: float = 15
+    flood_s: float = 30
+    shares_s: float = 25
     jain_s: float = 15
     tiny_s: float = 10
 
