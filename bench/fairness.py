@@ -1,6 +1,6 @@
 """How long does a light tenant wait while others flood, and who gets how much of the model?
 
-    python -m bench.fairness              # a real Ray cluster, torch on the CPU: about 18 minutes
+    python -m bench.fairness              # a real Ray cluster, torch on the CPU: about 22 minutes
     python -m bench.fairness --simulated  # one process, a simulated device: about three minutes
     python -m bench.fairness --smoke      # the same, under 30 s
 
@@ -28,6 +28,10 @@ from bench.town import Cluster
 
 PARTS = (0.5, 0.95, 0.99)
 WARM_S = 6.0
+LEAD_S = 20.0
+"""Flood and light requests run for so long before they are measured: longer than first in first out
+makes anybody wait for them.
+"""
 TINY_CONNECTIONS = 32
 """Closed loops of the tenant that floods with single short texts."""
 
@@ -65,11 +69,18 @@ async def play(place: Town, cluster: Cluster, policy: Policy, plan: Plan, seed: 
     async with Pressure() as pressure:
         crowd.flood(pressure, place, "flood-free")
         crowd.bulk(pressure, place, "job", policy)
+        # First in first out serves no light request until all that came before is done.
+        ahead = asyncio.create_task(crowd.light(place, f"{seed} ahead", LEAD_S))
+        await asyncio.sleep(LEAD_S - WARM_S)
         await _begun(cluster, policy)
         began = monotonic()
-        busy = await crowd.light(place, seed, plan.flood_s)
-        took_s = monotonic() - began
+        asking = asyncio.create_task(crowd.light(place, seed, plan.flood_s))
+        await asyncio.sleep(plan.flood_s)
+        # Not later: while some policies' light requests are still waited for, no new ones load it.
         given = await asyncio.to_thread(cluster.counts, policy)
+        took_s = monotonic() - began
+        busy = await asking
+        await ahead
     tokens_s = sum(given["tokens"].values()) / took_s
     result = Round(idle, busy, given["handout_ms"], tokens_s)
     await crowd.settle(place, "tiny")
