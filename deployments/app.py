@@ -12,7 +12,11 @@ from deployments.ingress import Ingress
 from deployments.ledger import LedgerActor
 from deployments.places import DATA_DIR
 from deployments.store import StoreActor
+from deployments.stores import on_postgres
 from deployments.upserter import UpserterActor
+from deployments.vaults import open_vault
+from deployments.worker import Worker
+from serve import config
 from serve.config import Pool, Settings
 
 
@@ -29,19 +33,37 @@ def compose(args: Settings, embedders: Mapping[str, type]) -> Application:
     """
     data_dir = Path(os.environ.get(DATA_DIR, args.data_dir)).resolve()
     settings = args.model_copy(update={"data_dir": str(data_dir)})
+    open_vault(settings)  # a key that is missing must not be found out by a replica
     # Old ones leave in reverse: the Ledger last, because requests are served meanwhile.
-    start({LEDGER: LedgerActor, STORE: StoreActor, UPSERTER: UpserterActor}, settings)
+    owner = {} if on_postgres(settings) else {STORE: StoreActor}
+    start({LEDGER: LedgerActor, **owner, UPSERTER: UpserterActor}, settings)
     bound = {
         pool.name: _embedder(embedders.get(pool.name, Embedder), pool, settings)
         for pool in settings.pools
     }
+    workers = [_worker(worker, settings, bound) for worker in settings.workers]
     ingress = deployment(
         name=INGRESS_DEPLOYMENT,
         num_replicas=settings.ingress.replicas,
         max_ongoing_requests=settings.ingress.requests_max,
         ray_actor_options={"num_cpus": 0},
     )
-    return ingress(Ingress).bind(settings, bound)
+    return ingress(Ingress).bind(settings, bound, workers)
+
+
+def _worker(
+    worker: config.Worker, settings: Settings, embedders: Mapping[str, Application]
+) -> Application:
+    deployed = deployment(
+        name=f"worker-{worker.name}",
+        num_replicas=worker.replicas,
+        health_check_period_s=2,
+        health_check_timeout_s=30,
+        # Twice: what is given back at the end has to reach the Store.
+        graceful_shutdown_timeout_s=2 * worker.drain_s,
+        ray_actor_options={"num_cpus": 0},
+    )
+    return deployed(Worker).bind(worker, settings, embedders)
 
 
 def _embedder(embedder: type, pool: Pool, settings: Settings) -> Application:

@@ -61,7 +61,7 @@ def _targeted(command: Callable[..., None]) -> Callable[..., None]:
     default=64,
     show_default=True,
     type=click.IntRange(1, 1000),
-    help="Documents of one request.",
+    help="Documents of one request, which the service takes as one job.",
 )
 @click.option(
     "--format",
@@ -159,6 +159,7 @@ def _report(summary: Summary, total: int, seconds: float, *, as_json: bool) -> N
     counts = {
         "documents": total,
         "indexed": summary.indexed,
+        "unchanged": summary.unchanged,
         "failed": total - summary.indexed,
         "chunks": summary.chunks,
         "tokens": summary.tokens,
@@ -167,8 +168,9 @@ def _report(summary: Summary, total: int, seconds: float, *, as_json: bool) -> N
     if as_json:
         click.echo(json.dumps(counts))
         return
+    before = f" ({summary.unchanged:,} unchanged)" if summary.unchanged else ""
     click.echo(
-        f"{summary.indexed:,} of {total:,} documents indexed: {summary.chunks:,} chunks, "
+        f"{summary.indexed:,} of {total:,} documents indexed{before}: {summary.chunks:,} chunks, "
         f"{summary.tokens:,} tokens, {seconds:.1f} s ({summary.indexed / seconds:.1f} documents/s)"
     )
 

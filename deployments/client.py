@@ -94,11 +94,15 @@ class Client:
             if problem.status != httpx.codes.CONFLICT:
                 raise
 
-    def write(self, collection: str, documents: Sequence[Document]) -> Mapping[str, Any]:
-        """Write documents: the answer has one entry of `data` per document, in order."""
+    def write(self, collection: str, documents: Sequence[Document], key: str) -> Mapping[str, Any]:
+        """Write documents and wait for them: one entry of `data` per document, in order.
+
+        The service may answer earlier, with a receipt whose level is `accepted`. A repeat with the
+        same idempotency `key` waits on for the same write.
+        """
         rows = [{"id": one.id, "text": one.text, "metadata": one.metadata} for one in documents]
-        path = f"/v1/collections/{quote(collection, safe='')}/documents"
-        return self._call("POST", path, {"documents": rows})
+        path = f"/v1/collections/{quote(collection, safe='')}/documents?wait=indexed"
+        return self._call("POST", path, {"documents": rows}, {"idempotency-key": key})
 
     def search(
         self, collection: str, text: str, top_k: int, where: Mapping[str, Any] | None
@@ -111,13 +115,19 @@ class Client:
         """Sleep as the client itself does between two tries."""
         self._sleep(seconds)
 
-    def _call(self, method: str, path: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _call(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any],
+        headers: Mapping[str, str] | None = None,
+    ) -> Mapping[str, Any]:
         """Call until it works. Raises Problem, Unreachable."""
         content = orjson.dumps(body)
         waited_s, backoff_s = 0.0, 0.5
         while True:
             try:
-                return self._once(method, path, content)
+                return self._once(method, path, content, headers)
             except Unreachable:
                 pause_s, patience_s = backoff_s, RESTART_S if self._reached else 0.0
                 if waited_s + pause_s > min(patience_s, self._patience_s):
@@ -130,9 +140,11 @@ class Client:
             waited_s += pause_s
             backoff_s = min(2 * backoff_s, PAUSE_S_MAX)
 
-    def _once(self, method: str, path: str, content: bytes) -> Mapping[str, Any]:
+    def _once(
+        self, method: str, path: str, content: bytes, headers: Mapping[str, str] | None
+    ) -> Mapping[str, Any]:
         try:
-            answer = self._http.request(method, path, content=content)
+            answer = self._http.request(method, path, content=content, headers=headers)
         except (httpx.TransportError, httpx.InvalidURL) as error:
             reason = str(error) or type(error).__name__
             raise Unreachable(f"{self._url} cannot be reached: {reason}") from None

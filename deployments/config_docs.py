@@ -132,6 +132,8 @@ def _default(field: FieldInfo) -> str:
         return "none"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value)) or "empty"
     return f"{value:,}".replace(",", "_") if isinstance(value, int) else str(value)
 
 

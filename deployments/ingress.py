@@ -1,9 +1,8 @@
 """The ingress: a Serve deployment around the FastAPI app, built on the replica."""
 
 import asyncio
-import os
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -14,23 +13,29 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.handles import EmbedderPort, LedgerPort, UpserterPort
 from deployments.metrics import publish
-from deployments.store_port import StorePort
+from deployments.quotas import open_quotas
+from deployments.stores import close_store, open_store
+from deployments.vaults import open_vault
 from serve.admission.keys import Door
-from serve.admission.quotas import Quotas
 from serve.api.app import create_app
 from serve.api.service import Service
 from serve.config import Settings
+from serve.content.blobs import LocalBlobs
 from serve.errors import ServiceError
+from serve.flows.batch import BatchFlow
 from serve.flows.collections import CollectionFlow
 from serve.flows.context import Context
 from serve.flows.embed import EmbedFlow
+from serve.flows.feed import Feed
+from serve.flows.files import FileFlow
 from serve.flows.ingest import IngestFlow
+from serve.flows.jobs import JobFlow
 from serve.flows.models import Models
 from serve.flows.operators import OperatorFlow
 from serve.flows.search import SearchFlow
 from serve.flows.usage import UsageFlow
+from serve.flows.webhooks import WebhookFlow
 from serve.index.lancedb import LanceIndex
-from serve.ports import Ledger
 
 
 READY_TIMEOUT_S = 2.0
@@ -46,50 +51,33 @@ def make_app() -> FastAPI:
     return create_app(service, id_echoed=True)
 
 
-def open_ledger(settings: Settings) -> Ledger:
-    """The Ledger actor, or the Redis that is configured in its place.
-
-    Raises RuntimeError when the variable that `ledger.redis_url_env` names is not set.
-    """
-    name = settings.ledger.redis_url_env
-    if not name:
-        return LedgerPort(settings)
-    url = os.environ.get(name)
-    if not url:
-        raise RuntimeError(f"ledger.redis_url_env: the environment variable {name} is not set")
-    from serve.admission.redis import RedisLedger  # noqa: PLC0415  an optional dependency
-
-    return RedisLedger(url, settings.ledger, wall=time.time)
-
-
 @ingress(make_app)
 class Ingress:
     """Authenticates, tokenises, checks quotas and runs the flows."""
 
     async def __init__(  # type: ignore[misc]
-        self, settings: Settings, embedders: Mapping[str, DeploymentHandle[Any]]
+        self,
+        settings: Settings,
+        embedders: Mapping[str, DeploymentHandle[Any]],
+        _workers: Sequence[DeploymentHandle[Any]],
     ) -> None:
-        """`embedders` holds one handle per pool, by name; `settings.data_dir` is absolute."""
+        """`embedders` holds one handle per pool, by name; `settings.data_dir` is absolute.
+
+        The workers are nobody's to call: they stand here so that Serve deploys them.
+        """
         pace = settings.ingress.tokens_per_s_min
         self._embedders = {
             name: EmbedderPort(handle, tokens_per_s_min=pace) for name, handle in embedders.items()
         }
-        self._store = StorePort(settings)
+        self._store = await asyncio.to_thread(open_store, settings)
         self._upserter = UpserterPort(settings)
         self._ready: tuple[float, dict[str, bool]] = (-READY_CACHE_S, {})
-        self._ledger = open_ledger(settings)
-        self._quotas = Quotas(
-            self._ledger,
-            self._store,
-            settings.ledger,
-            replica=get_replica_context().replica_tag,
-            replicas=settings.ingress.replicas,
-            owners_max=settings.admission.tenants_tracked_max,
-            clock=time.monotonic,
-            wall=time.time,
-        )
+        replica = get_replica_context().replica_tag
+        self._quotas = open_quotas(settings, self._store, replica, settings.ingress.replicas)
+        self._feed = Feed(self._store, settings.jobs, time.monotonic)
         self._tasks = [
             asyncio.create_task(self._quotas.run()),
+            asyncio.create_task(self._feed.run()),
             asyncio.create_task(publish(self._quotas)),
         ]
         self.service = self._wire(settings)
@@ -106,15 +94,23 @@ class Ingress:
         index = LanceIndex(str(Path(settings.data_dir) / settings.index.uri), settings.index)
         embed = EmbedFlow(context)
         collections = CollectionFlow(context, self._store, self._upserter)
+        queues = LedgerPort(settings)
+        blobs = LocalBlobs(Path(settings.data_dir) / settings.files.folder)
+        files = FileFlow(context, self._store, blobs)
         return Service(
             context,
             Door(self._store, settings.admission, clock=time.monotonic, wall=time.time),
             embed,
             collections,
-            IngestFlow(context, collections, embed, self._store, self._upserter),
+            IngestFlow(context, collections, self._store, self._feed),
             SearchFlow(context, collections, embed, index),
             OperatorFlow(settings, self._store, self._store, time.time),
-            UsageFlow(context, self._store, LedgerPort(settings)),
+            UsageFlow(context, self._store, queues),
+            JobFlow(context, collections, self._store, self._store, queues=queues, files=files),
+            self._feed,
+            files,
+            BatchFlow(context, collections, self._store, files),
+            WebhookFlow(context, self._store, open_vault(settings)),
             self.ready,
         )
 
@@ -130,6 +126,7 @@ class Ingress:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._quotas.close()
+        await close_store(self._store)
 
     async def ready(self) -> dict[str, bool]:
         """Part by part; asked at most once a second, however often the probes come."""

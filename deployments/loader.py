@@ -1,5 +1,12 @@
-"""Sends documents in batches and accounts for every one of them."""
+"""Sends documents in batches and accounts for every one of them.
 
+The service accepts each batch as a job of its own. It is followed to its end, by repeating the
+request with its idempotency key, so that a lost reply or a restart of the service writes nothing
+twice and loses nothing.
+"""
+
+import threading
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -12,19 +19,24 @@ from serve.content.documents import Document
 BATCH_BYTES_MAX = 256 * 1024
 """Text of one request: about 64,000 tokens, which a small CPU embeds well within a deadline."""
 
-REQUESTS_MAX = 2
-"""At once: while one is embedded, the service cuts and tokenises the other."""
+REQUESTS_MAX = 4
+"""Open jobs: while one is embedded, others are cut and land."""
 
 ROUNDS_MAX = 3
-"""How often documents are sent again after a transient fault of their own."""
+"""How often documents are sent again after a fault of the service."""
+
+FOLLOWS_MAX = 30
+"""How often a job is waited for, about an hour by the service's own deadline of 120 s."""
+
+FOLLOW_PAUSE_S = 1.0
+"""Before that is done again: a service in trouble answers at once."""
 
 DIVIDED = frozenset({400, 413, 422, 429})
 """The request as a whole was refused: halves may pass, down to the one document at fault."""
 
-SLOW = frozenset({408, 504})
-"""The request took too long: halves may be quicker, but each try spends a round."""
+TRANSIENT = frozenset({408, 500, 504})
 
-TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
+NOT_WRITTEN = frozenset({"accepted", "cancelled"})
 
 FATAL = frozenset({401, 403, 404})
 """No other batch would fare better."""
@@ -32,9 +44,13 @@ FATAL = frozenset({401, 403, 404})
 
 @dataclass(slots=True)
 class Summary:
-    """What became of the documents: `failed` pairs ids with reasons; `stopped` ended it early."""
+    """What became of the documents: `failed` pairs ids with reasons; `stopped` ended it early.
+
+    `unchanged` ones were in the index before, and count as indexed.
+    """
 
     indexed: int = 0
+    unchanged: int = 0
     chunks: int = 0
     tokens: int = 0
     failed: list[tuple[str, str]] = field(default_factory=list)
@@ -43,6 +59,7 @@ class Summary:
     def add(self, other: "Summary") -> None:
         """Take in another's counts."""
         self.indexed += other.indexed
+        self.unchanged += other.unchanged
         self.chunks += other.chunks
         self.tokens += other.tokens
         self.failed += other.failed
@@ -76,12 +93,13 @@ class Loader:
     def __init__(self, client: Client, collection: str) -> None:
         self._client = client
         self._collection = collection
+        self._interrupted = threading.Event()
 
     def load(self, work: Iterable[Sequence[Document]], advance: Callable[[int], object]) -> Summary:
         """Send all batches, a few at once. `advance` hears how many documents got an outcome.
 
         Ends early, with `stopped` set, when no batch can pass or on Ctrl-C; the requests in
-        flight are finished then, so that what the summary says is what was written.
+        flight are finished then, so that the summary knows of all that was accepted.
         """
         summary = Summary()
         waiting: set[Future[Summary]] = set()
@@ -97,57 +115,67 @@ class Loader:
                 wait(waiting)
             except KeyboardInterrupt as interrupt:
                 summary.stopped = interrupt
+                self._interrupted.set()
         _collect(waiting, summary, advance)
         return summary
 
     def land(self, documents: Sequence[Document], round_number: int = 0) -> Summary:
-        """Write one batch; documents that fail for a passing reason are sent again.
+        """Write one batch and wait for its end.
 
         Raises Unreachable, and Problem when no other batch would fare better.
         """
         try:
-            answer = self._client.write(self._collection, documents)
+            answer = self._followed(documents)
         except Problem as problem:
             if problem.status in FATAL or problem.again:
                 raise
             return self._after_refusal(documents, problem, round_number)
-        return self._after_answer(documents, answer, round_number)
+        return _outcomes(documents, answer)
+
+    def _followed(self, documents: Sequence[Document]) -> Mapping[str, Any]:
+        """The answer to a batch: in the end all its documents have an outcome."""
+        key = uuid.uuid4().hex
+        answer = self._client.write(self._collection, documents, key)
+        for _ in range(FOLLOWS_MAX):
+            if answer["object"] != "receipt" or self._interrupted.is_set():
+                break
+            self._client.pause(FOLLOW_PAUSE_S)
+            answer = self._client.write(self._collection, documents, key)
+        return answer
 
     def _after_refusal(
         self, documents: Sequence[Document], problem: Problem, round_number: int
     ) -> Summary:
-        slow = problem.status in SLOW
-        last = round_number >= ROUNDS_MAX
-        if len(documents) > 1 and (problem.status in DIVIDED or (slow and not last)):
+        if len(documents) > 1 and problem.status in DIVIDED:
             middle = len(documents) // 2
-            both = self.land(documents[:middle], round_number + slow)
-            both.add(self.land(documents[middle:], round_number + slow))
+            both = self.land(documents[:middle], round_number)
+            both.add(self.land(documents[middle:], round_number))
             return both
-        if problem.status in TRANSIENT and problem.status not in DIVIDED and not last:
-            return self._again(documents, round_number)
+        if problem.status in TRANSIENT and round_number < ROUNDS_MAX:
+            self._client.pause(2.0**round_number)
+            return self.land(documents, round_number + 1)
         return Summary(failed=[(one.id, str(problem)) for one in documents])
 
-    def _after_answer(
-        self, documents: Sequence[Document], answer: Mapping[str, Any], round_number: int
-    ) -> Summary:
-        summary = Summary(tokens=int(answer["usage"]["total_tokens"]))
-        repeats: list[Document] = []
-        for document, result in zip(documents, answer["data"], strict=True):
-            error = result.get("error")
-            if result["status"] != "failed":  # indexed, or superseded by a newer write
-                summary.indexed += 1
-                summary.chunks += int(result["chunks"])
-            elif error["status"] in TRANSIENT and round_number < ROUNDS_MAX:
-                repeats.append(document)
-            else:
-                summary.failed.append((document.id, f"{error['detail']} ({error['code']})"))
-        if repeats:
-            summary.add(self._again(repeats, round_number))
-        return summary
 
-    def _again(self, documents: Sequence[Document], round_number: int) -> Summary:
-        self._client.pause(2.0**round_number)
-        return self.land(documents, round_number + 1)
+def _outcomes(documents: Sequence[Document], answer: Mapping[str, Any]) -> Summary:
+    """What the answer to a batch says of each of its documents."""
+    if answer["object"] == "receipt":
+        known = answer.get("data") or [{"status": "accepted"}] * len(documents)
+        tokens, goes_on = 0, f"accepted, but not indexed yet: job {answer['job']} goes on"
+    else:
+        known, tokens, goes_on = answer["data"], int(answer["usage"]["total_tokens"]), ""
+    summary = Summary(tokens=tokens)
+    for document, result in zip(documents, known, strict=True):
+        status, error = result["status"], result.get("error")
+        if error is not None:
+            summary.failed.append((document.id, f"{error['detail']} ({error['code']})"))
+        elif status in NOT_WRITTEN:
+            summary.failed.append((document.id, goes_on or "its job was cancelled"))
+        else:  # also superseded, by a newer write
+            summary.indexed += 1
+            summary.unchanged += status == "unchanged"
+            summary.chunks += int(result["chunks"])
+    return summary
 
 
 def _collect(

@@ -24,7 +24,7 @@ from ray.serve.scripts import cli as serve_command
 from deployments.actors import LEDGER, NAMESPACE, STORE, UPSERTER, living, retire
 from deployments.client import ready
 from deployments.places import Claim, Cluster, DeployFile, NotRunning, StartFailed
-from deployments.store_port import StorePort
+from deployments.stores import open_store
 from serve.config import Settings
 from serve.flows.operators import OperatorFlow
 
@@ -96,7 +96,7 @@ def connected(address: str) -> Iterator[None]:
 
 def operators(settings: Settings) -> OperatorFlow:
     """Keys and tenants, over the connection that there is."""
-    store = StorePort(settings)
+    store = open_store(settings)
     return OperatorFlow(settings, store, store, time.time)
 
 

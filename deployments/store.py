@@ -8,18 +8,19 @@ from typing import Any
 import ray
 
 from deployments.actors import State, leave, watch
+from deployments.stores import tick
 from serve.config import Settings
 from serve.errors import Internal
+from serve.job_ports import Deliveries, Events, Files, Jobs, Queue, Webhooks
 from serve.jobs.owner import StoreOwner
-from serve.ports import Collections, Documents, Fence, Keys, Tenants, Usage
+from serve.ports import Collections, Fence, Keys, Tenants, Usage
 
 
-CALLS = frozenset(
-    name
-    for port in (Keys, Tenants, Usage, Collections, Documents, Fence)
-    for name in vars(port)
-    if name[0] != "_"
+PORTS = (
+    *(Keys, Tenants, Usage, Collections, Fence, Jobs, Queue, Events, Files),
+    *(Webhooks, Deliveries),
 )
+CALLS = frozenset(name for port in PORTS for name in vars(port) if name[0] != "_")
 """The methods of the Store's ports: what `call` may call."""
 
 
@@ -37,7 +38,10 @@ class StoreActor:
             settings.store,
             time.time,
             collections_max=settings.limits.collections_max,
+            jobs=settings.jobs,
+            shares=settings.admission.shares,
         )
+        self._ticking = asyncio.create_task(tick(self._owner, settings.jobs.tick_s))
         self._watch = asyncio.create_task(
             watch(self._state, self.retire, grace_s=settings.actors.orphan_grace_s)
         )
@@ -60,6 +64,7 @@ class StoreActor:
     async def retire(self) -> None:
         """Finish what is queued, release the lock and end for good."""
         self._leaving = True
+        self._ticking.cancel()
         try:
             await asyncio.to_thread(self._owner.close)
         finally:

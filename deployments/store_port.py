@@ -3,35 +3,21 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from deployments.actors import STORE
-from deployments.handles import Named
-from serve.config import Settings
-from serve.errors import StoreUnavailable
-from serve.ports import Collections, Documents, Fence, Keys, Tenants, Usage
+from deployments.file_port import FilePort
+from deployments.job_port import JobPort
+from deployments.webhook_port import WebhookPort
+from serve.ports import Collections, Fence, Keys, Tenants, Usage
 from serve.records import (
     AuditEntry,
     Collection,
-    DocumentVersion,
-    DocumentWrite,
     Key,
     Tenant,
     UsageRow,
 )
 
 
-class StorePort(Keys, Tenants, Usage, Collections, Documents, Fence):
-    """Implements them all by the actor's one method `call`. Each call also raises StoreUnavailable."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._named = Named(STORE, settings, StoreUnavailable)
-        self._timeout_s = settings.actors.call_timeout_s
-
-    async def _call(self, method: str, *args: Any) -> Any:
-        return await self._named.call("call", method, *args, timeout_s=self._timeout_s)
-
-    async def ready(self, timeout_s: float) -> bool:
-        """Whether it answers."""
-        return cast("bool", await self._named.call("ready", timeout_s=timeout_s))
+class StorePort(JobPort, FilePort, WebhookPort, Keys, Tenants, Usage, Collections, Fence):
+    """Implements them all, those of jobs, files and webhooks included. Each call also raises StoreUnavailable."""
 
     async def find_key(self, key_id: str) -> Key | None:
         """See Keys."""
@@ -115,26 +101,6 @@ class StorePort(Keys, Tenants, Usage, Collections, Documents, Fence):
     async def deleted_collections(self) -> Sequence[Collection]:
         """See Collections."""
         return cast("Sequence[Collection]", await self._call("deleted_collections"))
-
-    async def begin_documents(
-        self, op: str, collection: str, writes: Sequence[DocumentWrite]
-    ) -> Sequence[DocumentVersion]:
-        """See Documents."""
-        versions = await self._call("begin_documents", op, collection, writes)
-        return cast("Sequence[DocumentVersion]", versions)
-
-    async def settle_documents(
-        self, collection: str, versions: Sequence[tuple[str, int, int]]
-    ) -> None:
-        """See Documents."""
-        await self._call("settle_documents", collection, versions)
-
-    async def delete_documents(
-        self, op: str, collection: str, documents: Sequence[str]
-    ) -> Sequence[DocumentVersion]:
-        """See Documents."""
-        versions = await self._call("delete_documents", op, collection, documents)
-        return cast("Sequence[DocumentVersion]", versions)
 
     async def take_epoch(self, name: str, deploy_seq: int) -> int:
         """See Fence."""

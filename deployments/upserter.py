@@ -11,7 +11,7 @@ from pathlib import Path
 import ray
 
 from deployments.actors import START_S_MAX, UPSERTER, State, leave, watch
-from deployments.store_port import StorePort
+from deployments.stores import Store, close_store, open_store
 from serve.config import Settings
 from serve.errors import StoreUnavailable
 from serve.index.lancedb import LanceIndex
@@ -30,7 +30,7 @@ class UpserterActor:
         """Take the epoch, open and warm the index, drop what was deleted but not yet gone."""
         self._settings = settings
         self._leaving = False
-        store = StorePort(settings)
+        store = self._store = await asyncio.to_thread(open_store, settings)
         epoch = await _take_epoch(store, deploy_seq, settings)
         index = LanceIndex(str(Path(settings.data_dir) / settings.index.uri), settings.index)
         for gone in await store.deleted_collections():
@@ -84,11 +84,12 @@ class UpserterActor:
         self._leaving = True
         try:
             await self._writer.drain(self._settings.actors.drain_s)
+            await close_store(self._store)
         finally:
             leave()
 
 
-async def _take_epoch(store: StorePort, deploy_seq: int, settings: Settings) -> int:
+async def _take_epoch(store: Store, deploy_seq: int, settings: Settings) -> int:
     """Wait for a Store that starts beside us or hands over: a constructor that raises is final.
 
     Raises Fenced when a later deployment writes: then this actor must not live.

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from serve.allowance import Quota, Tier
+from serve.records import Klass
 from serve.section import Section
 
 
@@ -42,7 +43,7 @@ class Limits(Section):
         1_000_000, ge=1, le=50_000_000, description="Characters of one document."
     )
     chunks_max: int = Field(
-        20_000, ge=1, le=1_000_000, description="Chunks that one ingest request may come to."
+        20_000, ge=1, le=1_000_000, description="Chunks that one document may come to."
     )
     document_id_bytes_max: int = Field(512, ge=1, le=4096, description="Bytes of a document id.")
     metadata_bytes_max: int = Field(
@@ -55,7 +56,10 @@ class Limits(Section):
         10, gt=0, le=120, description="Deadline of interactive work: embeddings and searches."
     )
     bulk_deadline_s: float = Field(
-        120, gt=0, le=3600, description="Deadline of bulk work: document writes."
+        120,
+        gt=0,
+        le=3600,
+        description="Deadline of bulk work, and how long a write of documents is waited for.",
     )
     deadline_s_max: float = Field(
         290,
@@ -122,6 +126,11 @@ class Admission(Section):
     tenants_tracked_max: int = Field(
         100_000, ge=16, le=10**7, description="Tenants whose quota state is held at once."
     )
+
+    @property
+    def shares(self) -> dict[Klass, float]:
+        """Of the classes."""
+        return {"interactive": self.interactive_share, "bulk": self.bulk_share}
 
 
 class Ledger(Section):
@@ -392,6 +401,15 @@ class Store(Section):
     """Tenants, keys, collections, generations, epochs."""
 
     path: str = Field("store.db", min_length=1, description="SQLite file, under `data_dir`.")
+    url_env: str = Field(
+        "",
+        pattern=r"^([A-Z][A-Z0-9_]{0,127})?$",
+        description="Name of the environment variable with the URL of a Postgres that is used "
+        "instead (`postgresql://...`), from every process; empty: the SQLite file.",
+    )
+    connections: int = Field(
+        4, ge=1, le=100, description="Connections of one process to that Postgres."
+    )
     commit_ops_max: int = Field(
         256, ge=1, le=10_000, description="Operations that share one commit."
     )
@@ -408,6 +426,188 @@ class Store(Section):
         ge=86_400,
         le=20 * 365 * 86_400,
         description="How long the audit log keeps an entry.",
+    )
+
+
+class Jobs(Section):
+    """Durable jobs, and how their items are tried."""
+
+    items_max: int = Field(
+        1000, ge=1, le=10_000, description="Items of one job that are sent with the request."
+    )
+    background_items: int = Field(
+        50,
+        ge=0,
+        le=10_000,
+        description="A write of more documents is not waited for, unless its caller says so.",
+    )
+    open_jobs_max: int = Field(1000, ge=1, le=10**6, description="Open jobs of one tenant.")
+    open_items_max: int = Field(
+        1_000_000, ge=1, le=10**8, description="Items of a tenant's open jobs."
+    )
+    open_tokens_max: float = Field(
+        5e8, ge=1, le=1e12, description="Estimated tokens of a tenant's open jobs."
+    )
+    expires_s_max: float = Field(
+        30 * 86_400, ge=60, le=365 * 86_400, description="Longest time a job may ask for."
+    )
+    kept_s: float = Field(
+        30 * 86_400, ge=60, le=365 * 86_400, description="How long an ended job can be seen."
+    )
+    idempotency_kept_s: float = Field(
+        86_400, ge=60, le=30 * 86_400, description="How long an Idempotency-Key holds."
+    )
+    lease_s: float = Field(
+        15, ge=1, le=600, description="A worker that is silent for so long has lost its items."
+    )
+    heartbeat_s: float = Field(
+        5, gt=0, le=300, description="How often a worker says that it lives."
+    )
+    tick_s: float = Field(
+        1, gt=0, le=60, description="How often the Store looks for what is due or was lost."
+    )
+    attempts_max: int = Field(5, ge=1, le=100, description="Tries of an item that fails.")
+    crashes_max: int = Field(
+        10, ge=2, le=1000, description="Workers that may die with an item before it is given up."
+    )
+    retry_s: float = Field(60, gt=0, le=86_400, description="Pause after the first failed try.")
+    retry_factor: float = Field(
+        4.356, ge=1, le=100, description="Each further pause is so many times longer."
+    )
+    retry_s_max: float = Field(21_600, gt=0, le=30 * 86_400, description="Longest such pause.")
+    streams_max: int = Field(
+        20, ge=1, le=10_000, description="Event streams of one tenant in one ingress replica."
+    )
+    stream_s: float = Field(
+        285,
+        gt=0,
+        le=3600,
+        description="An event stream ends after this, before Serve's `request_timeout_s`; its "
+        "reader comes again.",
+    )
+    stats_s: float = Field(
+        5, gt=0, le=300, description="How old figures of `/v1/stats` may be, and how often told."
+    )
+
+    @model_validator(mode="after")
+    def _heartbeat_is_shorter(self) -> Self:
+        if self.heartbeat_s * 2 > self.lease_s:
+            message = "jobs.heartbeat_s must be at most half of jobs.lease_s"
+            raise ValueError(message)
+        return self
+
+
+class Files(Section):
+    """Files that tenants upload, and those that batches write."""
+
+    folder: str = Field(
+        "blobs",
+        min_length=1,
+        description="Folder of their bytes, under `data_dir`: the same for ingress and workers.",
+    )
+    bytes_max: int = Field(
+        200 * 2**20, ge=1024, le=2**34, description="Bytes of one file (OpenAI: 200 MB)."
+    )
+    lines_max: int = Field(
+        50_000, ge=1, le=50_000, description="Requests of one batch file (OpenAI: 50,000)."
+    )
+    inputs_max: int = Field(
+        50_000,
+        ge=1,
+        le=10**6,
+        description="Inputs over all requests of one batch file (OpenAI: 50,000).",
+    )
+    tenant_files_max: int = Field(
+        10_000, ge=1, le=10**6, description="Uploaded files that one tenant may have."
+    )
+    tenant_bytes_max: int = Field(
+        20 * 2**30, ge=1024, le=2**50, description="Bytes of them in all."
+    )
+    kept_s: float = Field(
+        30 * 86_400,
+        ge=3600,
+        le=30 * 86_400,
+        description="How long a file is kept, unless its upload or its batch says less.",
+    )
+    tidy_s: float = Field(
+        600, gt=0, le=86_400, description="How often a worker removes what has expired."
+    )
+
+
+class Worker(Section):
+    """One deployment that works on items of some stages."""
+
+    name: Name = Field("items", description="Its deployment is `worker-NAME`.")
+    stages: tuple[Literal["prepare", "predict", "embed"], ...] = Field(
+        ("prepare", "embed"), min_length=1, max_length=3, description="Stages it claims from."
+    )
+    replicas: int = Field(1, ge=1, le=1000, description="Worker replicas.")
+    items_max: int = Field(64, ge=1, le=500, description="Items of one claim.")
+    cost_max: float = Field(
+        16_384,
+        ge=1,
+        le=1e9,
+        description="Estimated tokens of one claim, if it is more than one item.",
+    )
+    claims_max: int = Field(
+        2, ge=1, le=64, description="Claims of one stage that a replica works on at once."
+    )
+    drain_s: float = Field(
+        30, gt=0, le=600, description="How long a replica that leaves may finish what it has."
+    )
+
+
+class Egress(Section):
+    """Requests to URLs that tenants wrote: webhooks."""
+
+    timeout_s: float = Field(
+        15, gt=0, le=120, description="Longest exchange, from the lookup of the name to the end."
+    )
+    body_bytes_max: int = Field(
+        4096, ge=0, le=2**20, description="Bytes of an answer's body that are read."
+    )
+    connections_max: int = Field(64, ge=1, le=10_000, description="Connections of one process.")
+    ports: tuple[Annotated[int, Field(ge=1, le=65_535)], ...] = Field(
+        (443, 8443), min_length=1, max_length=64, description="Ports that may be called."
+    )
+    insecure_allowed: tuple[Annotated[str, Field(pattern=r"^[^/@\s]+:[0-9]{1,5}$")], ...] = Field(
+        (),
+        max_length=64,
+        description="`host:port` that may be called over plain http and at a private address: for "
+        "tests, and for receivers of your own.",
+    )
+
+
+class Webhooks(Section):
+    """URLs of tenants that are told of the ends of jobs. Deliveries are kept as long as jobs."""
+
+    key_env: str = Field(
+        "",
+        pattern=r"^([A-Z][A-Z0-9_]{0,127})?$",
+        description="Name of the environment variable with the key that seals secrets in the Store "
+        "(the base64 of 32 bytes; several, separated by commas: the first one seals, all open); "
+        "empty: the file `webhooks.key` under `data_dir`, made once.",
+    )
+    tenant_webhooks_max: int = Field(20, ge=1, le=1000, description="Webhooks of one tenant.")
+    overlap_s: float = Field(
+        86_400,
+        ge=0,
+        le=30 * 86_400,
+        description="How long a rotated secret signs beside its successor, unless told otherwise.",
+    )
+    sends_max: int = Field(
+        32,
+        ge=1,
+        le=10_000,
+        description="Deliveries that one worker replica sends at once; at most "
+        "`egress.connections_max`.",
+    )
+    tenant_sends_max: int = Field(
+        8,
+        ge=1,
+        le=10_000,
+        description="Deliveries of one tenant that are sent at once, over all workers: one whose "
+        "receiver hangs leaves room for the others.",
     )
 
 
@@ -445,16 +645,31 @@ class Settings(Section):
     index: Index = Field(default=Index(), description="Where vectors land.")
     buffer: Buffer = Field(default=Buffer(), description="How writes wait for a bulk upsert.")
     store: Store = Field(default=Store(), description="The SQL store.")
+    jobs: Jobs = Field(default=Jobs(), description="Durable jobs.")
+    files: Files = Field(default=Files(), description="Files of tenants and batches.")
+    workers: tuple[Worker, ...] = Field(
+        default=(Worker(),), min_length=1, max_length=16, description="Who works on items."
+    )
+    egress: Egress = Field(default=Egress(), description="Requests to URLs that tenants wrote.")
+    webhooks: Webhooks = Field(default=Webhooks(), description="Who is told of the ends of jobs.")
     actors: Actors = Field(default=Actors(), description="The named actors.")
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:
         pools = [pool.name for pool in self.pools]
         models = [model.id for pool in self.pools for model in pool.models]
-        for word, names in (("pool", pools), ("model", models)):
+        workers = [worker.name for worker in self.workers]
+        for word, names in (("pool", pools), ("model", models), ("worker", workers)):
             if len(set(names)) != len(names):
                 message = f"{word} names must be unique: {names}"
                 raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
+    def _sends_have_connections(self) -> Self:
+        if self.webhooks.sends_max > self.egress.connections_max:
+            message = "webhooks.sends_max must be at most egress.connections_max"
+            raise ValueError(message)
         return self
 
     @property

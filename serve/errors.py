@@ -99,6 +99,13 @@ class Conflict(ServiceError):
     code = "conflict"
 
 
+class Mismatch(ServiceError):
+    """An idempotency key that was used with another request."""
+
+    status = 422
+    code = "idempotency_mismatch"
+
+
 class TooLarge(ServiceError):
     """The body exceeds its bound."""
 

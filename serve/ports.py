@@ -11,8 +11,6 @@ from serve.records import (
     AuditEntry,
     Collection,
     CollectionSpec,
-    DocumentVersion,
-    DocumentWrite,
     EmbedCall,
     EmbedReply,
     Filter,
@@ -303,31 +301,6 @@ class Collections(Protocol):
 
     async def deleted_collections(self) -> Sequence[Collection]:
         """Deleted but not yet purged: what a restarted writer must still drop."""
-        ...
-
-
-class Documents(Protocol):
-    """Generations of documents: last accepted write wins."""
-
-    async def begin_documents(
-        self, op: str, collection: str, writes: Sequence[DocumentWrite]
-    ) -> Sequence[DocumentVersion]:
-        """Accept a write of each document: raises its generation, in one transaction.
-
-        Raises NotFound when the collection is gone.
-        """
-        ...
-
-    async def settle_documents(
-        self, collection: str, versions: Sequence[tuple[str, int, int]]
-    ) -> None:
-        """(document, generation, chunks) landed and stale chunks are gone."""
-        ...
-
-    async def delete_documents(
-        self, op: str, collection: str, documents: Sequence[str]
-    ) -> Sequence[DocumentVersion]:
-        """Accept a delete: raises the generation of those that exist and marks a tombstone."""
         ...
 
 

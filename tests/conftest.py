@@ -40,5 +40,5 @@ def rng() -> random.Random:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Ray speaks over the machine's own address; the other tiers reach 127.0.0.1 only."""
     for item in items:
-        if item.get_closest_marker("ray") or item.get_closest_marker("e2e"):
+        if any(item.get_closest_marker(name) for name in ("ray", "e2e", "chaos")):
             item.add_marker(pytest.mark.enable_socket)

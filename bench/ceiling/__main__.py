@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -26,19 +27,29 @@ from serve.api.app import create_app
 from serve.api.service import Service
 from serve.config import Pool as PoolSettings
 from serve.config import Settings
+from serve.content.blobs import LocalBlobs
 from serve.embedding.pool import Pool
+from serve.flows.batch import BatchFlow
 from serve.flows.batching import Batcher
 from serve.flows.collections import CollectionFlow
 from serve.flows.context import Context
+from serve.flows.document_work import DocumentWork
 from serve.flows.embed import EmbedFlow
+from serve.flows.feed import Feed
+from serve.flows.files import FileFlow
 from serve.flows.ingest import IngestFlow
+from serve.flows.jobs import JobFlow
 from serve.flows.models import Models
 from serve.flows.operators import OperatorFlow
 from serve.flows.search import SearchFlow
 from serve.flows.usage import UsageFlow
+from serve.flows.webhooks import WebhookFlow
 from serve.index.memory import MemoryIndex
 from serve.index.writer import Writer
+from serve.jobs.faults import Retries
 from serve.jobs.owner import StoreOwner
+from serve.jobs.runner import Runner
+from serve.jobs.vault import Vault
 from serve.records import EmbedCall, EmbedReply, QueueReport
 
 
@@ -103,7 +114,10 @@ class Ceiling:
             rng=random.Random(),
         )
         self._quotas = _quotas(settings, store)
+        self._feed = Feed(store, settings.jobs, time.monotonic)
         self._service = self._wire(settings, store)
+        self._runner = self._worker(settings, store)
+        self._ticking = partial(_tick, store, settings.jobs.tick_s)
 
     @classmethod
     async def open(cls, settings: Settings, store: StoreOwner) -> "Ceiling":
@@ -123,16 +137,32 @@ class Ceiling:
         )
         embed = EmbedFlow(context)
         collections = CollectionFlow(context, store, self._writer)
+        blobs = LocalBlobs(Path(settings.data_dir) / settings.files.folder)
+        files = FileFlow(context, store, blobs)
         return Service(
             context,
             Door(store, settings.admission, clock=time.monotonic, wall=time.time),
             embed,
             collections,
-            IngestFlow(context, collections, embed, store, self._writer),
+            IngestFlow(context, collections, store, self._feed),
             SearchFlow(context, collections, embed, self._index),
             OperatorFlow(settings, store, store, time.time),
             UsageFlow(context, store, Unreported()),
+            JobFlow(context, collections, store, store, queues=Unreported(), files=files),
+            self._feed,
+            files,
+            BatchFlow(context, collections, store, files),
+            WebhookFlow(context, store, Vault(Vault.new_key())),
             self._ready,
+        )
+
+    def _worker(self, settings: Settings, store: StoreOwner) -> Runner:
+        """As `deployments.worker` does it on a replica, for documents."""
+        rules, (worker, *_) = settings.jobs, settings.workers
+        retries = Retries(rules.retry_s, rules.retry_factor, rules.retry_s_max, random.Random())
+        work = DocumentWork(self._service.context, self._service.embed, self._writer, retries)
+        return Runner(
+            store, work.handlers(), owner="worker", worker=worker, rules=rules, retries=retries
         )
 
     async def _ready(self) -> Mapping[str, bool]:
@@ -145,11 +175,18 @@ class Ceiling:
         )
         async with asyncio.TaskGroup() as group:
             work = [one.batcher.run() for one in self._embedders.values()]
-            work += [self._writer.run(), self._quotas.run()]
+            work += [self._writer.run(), self._quotas.run(), self._feed.run()]
+            work += [self._runner.run(), self._ticking()]
             tasks = [group.create_task(one) for one in work]
             await uvicorn.Server(config).serve()
             for task in tasks:
                 task.cancel()
+
+
+async def _tick(store: StoreOwner, every_s: float) -> None:
+    while True:
+        await asyncio.sleep(every_s)
+        await store.tick()
 
 
 def _quotas(settings: Settings, store: StoreOwner) -> Quotas:
@@ -172,10 +209,11 @@ def _quotas(settings: Settings, store: StoreOwner) -> Quotas:
 async def serve(settings: Settings, folder: Path, port: int) -> None:
     """Own the Store and serve; the Store is closed in the end."""
     store = await asyncio.to_thread(
-        StoreOwner, folder / settings.store.path, settings.store, time.time
+        StoreOwner, folder / settings.store.path, settings.store, time.time, jobs=settings.jobs
     )
+    here = settings.model_copy(update={"data_dir": str(folder)})
     try:
-        await (await Ceiling.open(settings, store)).run(port)
+        await (await Ceiling.open(here, store)).run(port)
     finally:
         store.close()
 

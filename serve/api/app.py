@@ -7,7 +7,21 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from serve.api import admin, collections, documents, embeddings, health, models, search, usage
+from serve.api import (
+    admin,
+    batches,
+    collections,
+    documents,
+    embeddings,
+    files,
+    health,
+    job_events,
+    jobs,
+    models,
+    search,
+    usage,
+    webhooks,
+)
 from serve.api.envelope import Envelope
 from serve.api.gate import Charged, Gate
 from serve.api.openapi import describe
@@ -21,9 +35,23 @@ CHARGED: tuple[tuple[APIRouter, Klass], ...] = (
     (embeddings.router, "interactive"),
     (search.router, "interactive"),
     (documents.router, "bulk"),
+    (jobs.router, "bulk"),
+    (files.router, "bulk"),
+    (batches.router, "bulk"),
     (collections.router, "interactive"),
+    (webhooks.router, "interactive"),
 )
-FREE = (health.router, models.router, usage.router, admin.router)
+FREE = (
+    health.router,
+    models.router,
+    usage.router,
+    admin.router,
+    jobs.free,
+    files.free,
+    batches.free,
+    job_events.router,
+    webhooks.free,
+)
 
 log = logging.getLogger("headrace.api")
 

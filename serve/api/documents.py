@@ -1,18 +1,20 @@
-"""`/v1/collections/{name}/documents`: write and delete."""
+"""`/v1/collections/{name}/documents`: write and delete, as jobs."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, cast, get_args
 
 from fastapi import APIRouter, Response
 from pydantic import Field
 from pydantic.config import JsonDict
 
+from serve.api.idempotency import IDEMPOTENCY_PARAMETER, REPLAYED, once
 from serve.api.problems import problem_body
-from serve.api.service import DEADLINE_PARAMETER, Asked
-from serve.api.shapes import DocumentsDeleted, DocumentsWritten
+from serve.api.receipts import receipt
+from serve.api.service import DEADLINE_PARAMETER, Ask, Asked
+from serve.api.shapes import DocumentsAccepted, DocumentsWritten
 from serve.api.wire import Body, documented, read, reply
 from serve.content.documents import Document
 from serve.errors import BadInput
-from serve.flows.landing import DocumentResult
+from serve.flows.ingest import DocumentResult, Level, Taken, Terms
 
 
 router = APIRouter()
@@ -20,6 +22,7 @@ router = APIRouter()
 LIST_MAX = 10_000
 """The highest that `limits.documents_max` may be: nothing longer is looked at."""
 
+GOES_ON = "Accepted and kept: the work goes on. status_url tells how far it is."
 
 METADATA_VALUE: JsonDict = {
     "anyOf": [
@@ -60,46 +63,78 @@ class DeleteBody(Body):
     ]
 
 
+WAIT_PARAMETER: dict[str, Any] = {
+    "name": "wait",
+    "in": "query",
+    "required": False,
+    "description": "Answer when the documents are `accepted`, safe in the Store, or when they are "
+    "`indexed`, if that is before the deadline. A write of more than `jobs.background_items` "
+    "documents waits for the first only, unless told otherwise; all else for the second.",
+    "schema": {"type": "string", "enum": list(get_args(Level))},
+}
+ACCEPTED: dict[int | str, dict[str, Any]] = {202: {"model": DocumentsAccepted}}
+PARAMETERS = (WAIT_PARAMETER, DEADLINE_PARAMETER, IDEMPOTENCY_PARAMETER)
+
+
 @router.post(
     "/v1/collections/{name}/documents",
-    openapi_extra=documented(DocumentsBody, DEADLINE_PARAMETER),
-    responses={200: {"model": DocumentsWritten}, 207: {"model": DocumentsWritten}},
+    openapi_extra=documented(DocumentsBody, *PARAMETERS),
+    responses={200: {"model": DocumentsWritten}, 207: {"model": DocumentsWritten}, **ACCEPTED},
 )
 async def write_documents(name: str, ask: Asked) -> Response:
-    """Chunk, embed and index documents; answered when they can be searched.
+    """Accept documents, durably; then chunk, embed and index them.
 
-    200 when all were written, 207 when some failed: each document has its own status.
+    200 when all are in the index, 207 when some failed: each document has its own status. 202 when
+    their end was not waited for, or did not come in time: they go on, and the job tells how far.
     """
     body = await read(ask.request, DocumentsBody)
     documents = [Document(one.id, one.text, one.metadata) for one in body.documents]
-    written = await ask.service.ingest.write(
-        ask.who, name, documents, ask.id, until=ask.until, priority=body.priority
-    )
-    ask.timed(written.timing)
-    failed = sum(result.status == "failed" for result in written.results)
-    answer = {
-        "object": "list",
-        "data": [_shown(result) for result in written.results],
-        "failed": failed,
-        "usage": {"total_tokens": sum(result.tokens for result in written.results)},
-    }
-    return reply(answer, 207 if failed else 200)
+    terms = _terms(ask, body, priority=body.priority)
+    return _answer(await ask.service.ingest.write(ask.who, name, documents, terms))
 
 
 @router.delete(
     "/v1/collections/{name}/documents",
-    openapi_extra=documented(DeleteBody, DEADLINE_PARAMETER),
-    responses={200: {"model": DocumentsDeleted}},
+    openapi_extra=documented(DeleteBody, *PARAMETERS),
+    responses={200: {"model": DocumentsWritten}, 207: {"model": DocumentsWritten}, **ACCEPTED},
 )
 async def delete_documents(name: str, ask: Asked) -> Response:
-    """Delete documents by id; one that does not exist is `absent`."""
+    """Delete documents by id, durably as they are written; one that does not exist is `absent`."""
     body = await read(ask.request, DeleteBody)
     ids_max = ask.service.context.settings.limits.documents_max
     if len(body.ids) > ids_max:
         raise BadInput(f"At most {ids_max} ids are allowed.", param="ids")
     ids = list(dict.fromkeys(body.ids))
-    results = await ask.service.ingest.delete(ask.who, name, ids, until=ask.until)
-    return reply({"object": "list", "data": [_shown(result) for result in results]})
+    return _answer(await ask.service.ingest.delete(ask.who, name, ids, _terms(ask, body)))
+
+
+def _terms(ask: Ask, body: Body, priority: int = 50) -> Terms:
+    """What the request says of how it is to be done. Raises BadInput."""
+    wait = ask.request.query_params.get("wait")
+    if wait is not None and wait not in get_args(Level):
+        raise BadInput("wait must be `accepted` or `indexed`.", param="wait")
+    kept_s = ask.service.context.settings.jobs.idempotency_kept_s
+    return Terms(cast("Level | None", wait), ask.until, once(ask.request, body, kept_s), priority)
+
+
+def _answer(taken: Taken) -> Response:
+    headers = {"location": f"/v1/jobs/{taken.job.id}"}
+    if taken.replayed:
+        headers[REPLAYED] = "true"
+    if taken.level == "accepted":
+        shown = {**receipt(taken.job.id, taken.level, taken.documents), "detail": GOES_ON}
+        if taken.results:
+            shown["data"] = [_shown(result) for result in taken.results]
+        return reply(shown, 202, headers)
+    failed = sum(result.status in ("failed", "cancelled") for result in taken.results)
+    answer = {
+        "object": "list",
+        "data": [_shown(result) for result in taken.results],
+        "failed": failed,
+        "usage": {"total_tokens": sum(result.tokens for result in taken.results)},
+        "receipt": receipt(taken.job.id, taken.level, taken.documents),
+    }
+    return reply(answer, 207 if failed else 200, headers)
 
 
 def _shown(result: DocumentResult) -> dict[str, Any]:

@@ -14,9 +14,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve.api.problems import respond
 from serve.api.rates import RawHeaders, rate_headers
 from serve.api.service import Service
+from serve.config import Settings
 from serve.errors import Internal, TooLarge
 from serve.flows.context import Context, Timing
 
+
+UPLOADS = "/v1/files"
+FORM_BYTES = 64 * 1024
+"""What stands around the file in a form."""
 
 log = logging.getLogger("headrace.api")
 
@@ -26,7 +31,7 @@ _LENGTH = re.compile(r"[0-9]{1,18}")
 
 class Envelope:
     """Sets `x-request-id` (the caller's own when it is well formed), notes when the request arrived,
-    refuses bodies above `body_bytes_max` before they are read whole, and adds rate and timing
+    refuses bodies above `body_bytes_max` (uploads: `files.bytes_max`) before they are read whole, and adds rate and timing
     headers.
 
     What nobody expected becomes a 500 here and not in Starlette's own outermost layer, whose reply
@@ -52,7 +57,7 @@ class Envelope:
         state = scope.setdefault("state", {})
         state["request_id"], state["arrived"] = request_id, context.clock()
         answer = _Answer(state, send, context, id_echoed=self._id_echoed)
-        bytes_max = context.settings.limits.body_bytes_max
+        bytes_max = _bytes_max(scope, context.settings)
         if _length(headers) > bytes_max:
             await respond(_too_large(bytes_max), scope)(scope, receive, answer)
             return
@@ -112,6 +117,13 @@ def _timing_headers(timing: Timing, total_ms: float) -> RawHeaders:
         (b"x-inference-time", b"%.1f" % timing.infer_ms),
         (b"x-total-time", b"%.1f" % total_ms),
     ]
+
+
+def _bytes_max(scope: Scope, settings: Settings) -> int:
+    """Files are streamed to disk, all other bodies are held in memory."""
+    if scope["method"] == "POST" and scope["path"] == UPLOADS:
+        return settings.files.bytes_max + FORM_BYTES
+    return settings.limits.body_bytes_max
 
 
 def _length(headers: Mapping[bytes, bytes]) -> int:

@@ -20,6 +20,7 @@ from serve.errors import (
     Internal,
     LedgerUnavailable,
     MethodNotAllowed,
+    Mismatch,
     ModelUnavailable,
     NotFound,
     Overloaded,
@@ -51,6 +52,7 @@ TABLE: dict[type[ServiceError], Row] = {
     NotFound: Row("invalid_request_error", "Not found"),
     MethodNotAllowed: Row("invalid_request_error", "The method is not supported here"),
     Conflict: Row("invalid_request_error", "It exists already"),
+    Mismatch: Row("invalid_request_error", "The key was used with another request"),
     TooLarge: Row("invalid_request_error", "The body is too large"),
     PoisonInput: Row("invalid_request_error", "An input cannot be embedded"),
     QuotaExceeded: Row("rate_limit_exceeded", "Quota exceeded", f"{IANA}#quota-exceeded"),
@@ -64,7 +66,7 @@ TABLE: dict[type[ServiceError], Row] = {
     Internal: Row("server_error", "Internal error"),
 }
 
-OPENAI_PATHS = ("/v1/embeddings", "/v1/models")
+OPENAI_PATHS = ("/v1/embeddings", "/v1/models", "/v1/files", "/v1/batches")
 
 
 def openai_body(error: ServiceError) -> dict[str, Any]:

@@ -13,13 +13,18 @@ from fastapi import Depends, Request
 
 from serve.admission.keys import Door, parse, require_admin
 from serve.errors import BadInput
+from serve.flows.batch import BatchFlow
 from serve.flows.collections import CollectionFlow
 from serve.flows.context import Context, Timing
 from serve.flows.embed import EmbedFlow
+from serve.flows.feed import Feed
+from serve.flows.files import FileFlow
 from serve.flows.ingest import IngestFlow
+from serve.flows.jobs import JobFlow
 from serve.flows.operators import OperatorFlow
 from serve.flows.search import SearchFlow
 from serve.flows.usage import UsageFlow
+from serve.flows.webhooks import WebhookFlow
 from serve.records import Caller
 
 
@@ -35,6 +40,11 @@ class Service:
     search: SearchFlow
     operators: OperatorFlow
     usage: UsageFlow
+    jobs: JobFlow
+    feed: Feed
+    files: FileFlow
+    batches: BatchFlow
+    webhooks: WebhookFlow
     ready: Callable[[], Awaitable[Mapping[str, bool]]]
 
 

@@ -121,10 +121,22 @@ class CollectionDeleted(Shape):
 
 
 class DocumentShown(Shape):
-    """What became of one document; `error` when its status is `failed`."""
+    """What became of one document; `error` when its status is `failed`.
+
+    `chunks` are those that this write put into the index.
+    """
 
     id: str
-    status: Literal["indexed", "superseded", "failed", "deleted", "absent"]
+    status: Literal[
+        "indexed",
+        "unchanged",
+        "superseded",
+        "deleted",
+        "absent",
+        "failed",
+        "cancelled",
+        "accepted",
+    ]
     generation: int
     chunks: int
     error: Problem | None = None
@@ -136,20 +148,32 @@ class IngestUsage(Shape):
     total_tokens: int
 
 
+class Receipt(Shape):
+    """Proof of a write. accepted: it is durable. indexed: what could be written is in the index."""
+
+    object: Literal["receipt"]
+    id: str
+    job: str
+    level: Literal["accepted", "indexed"]
+    documents: int
+    status_url: str
+
+
 class DocumentsWritten(Shape):
-    """One result a document, in their order; `failed` counts those that failed."""
+    """One result a document, in their order; `failed` counts those that failed or were cancelled."""
 
     object: Literal["list"]
     data: list[DocumentShown]
     failed: int
     usage: IngestUsage
+    receipt: Receipt
 
 
-class DocumentsDeleted(Shape):
-    """One result an id, in their order."""
+class DocumentsAccepted(Receipt):
+    """A write that goes on. `data` is there when its end was waited for, but did not come."""
 
-    object: Literal["list"]
-    data: list[DocumentShown]
+    detail: str
+    data: list[DocumentShown] | None = None
 
 
 class SearchHit(Shape):

@@ -12,6 +12,7 @@ from serve.errors import BadInput
 
 
 M = TypeVar("M", bound=BaseModel)
+Word = TypeVar("Word", bound=str)
 
 DETAIL_CHARS_MAX = 300
 """Of a validation message, and of a field's path: both may quote what was sent."""
@@ -61,12 +62,35 @@ async def read(request: Request, model: type[M]) -> M:
 
 def number(request: Request, name: str) -> int | None:
     """A query parameter that is a whole number, where it is given. Raises BadInput."""
-    text = request.query_params.get(name)
+    return whole(name, request.query_params.get(name))
+
+
+def whole(name: str, text: str | None) -> int | None:
+    """A whole number, where there is a text. Raises BadInput."""
     if text is None:
         return None
     if not _WHOLE.fullmatch(text):
         raise BadInput(f"{name} must be a whole number.", param=name)
     return int(text)
+
+
+def page_size(request: Request, default: int, most: int) -> int:
+    """The query's `limit`. Raises BadInput."""
+    limit = number(request, "limit")
+    if limit is None:
+        return default
+    if not 1 <= limit <= most:
+        raise BadInput(f"limit must be from 1 to {most}.", param="limit")
+    return limit
+
+
+def words(request: Request, name: str, allowed: tuple[Word, ...]) -> list[Word]:
+    """A query parameter's values, each one of `allowed`. Raises BadInput."""
+    given = request.query_params.getlist(name)
+    found = [word for word in allowed if word in given]
+    if len(set(given)) != len(found):
+        raise BadInput(f"{name} must be one of: {', '.join(allowed)}.", param=name)
+    return found
 
 
 def path(loc: Sequence[int | str]) -> str:

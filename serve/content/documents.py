@@ -27,25 +27,31 @@ class Document:
     metadata: Mapping[str, MetadataValue] = field(default_factory=dict)
 
 
-def validate_documents(documents: Sequence[Document], limits: Limits) -> None:
-    """Refuse the request at its first fault.
+def validate_documents(
+    documents: Sequence[Document],
+    limits: Limits,
+    *,
+    name: str = "documents",
+    count_max: int | None = None,
+) -> None:
+    """Refuse the request at its first fault. `name` is what the request calls its documents.
 
-    Bounds: those of `limits` that start with `document` or `metadata`, and the constants above.
-    Raises BadInput whose `param` is the path of the fault, for example
-    `documents[3].metadata.year`.
+    Bounds: those of `limits` that start with `document` or `metadata`, and the constants above;
+    `count_max` in place of `documents_max`. Raises BadInput whose `param` is the path of the
+    fault, for example `documents[3].metadata.year`.
     """
-    if not 1 <= len(documents) <= limits.documents_max:
+    most = limits.documents_max if count_max is None else count_max
+    if not 1 <= len(documents) <= most:
         raise BadInput(
-            f"Between 1 and {limits.documents_max} documents are allowed, not {len(documents)}.",
-            param="documents",
+            f"Between 1 and {most} {name} are allowed, not {len(documents)}.", param=name
         )
     seen: dict[str, int] = {}
     for position, document in enumerate(documents):
-        param = f"documents[{position}]"
+        param = f"{name}[{position}]"
         _check_id(document.id, f"{param}.id", limits)
         first = seen.setdefault(document.id, position)
         if first != position:
-            raise BadInput(f"documents[{first}] has the same id.", param=f"{param}.id")
+            raise BadInput(f"{name}[{first}] has the same id.", param=f"{param}.id")
         _check_text(document.text, f"{param}.text", limits)
         _check_metadata(document.metadata, f"{param}.metadata", limits)
 

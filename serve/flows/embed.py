@@ -92,7 +92,7 @@ class EmbedFlow:
         what `ports.Embedder.embed` raises. An input that fails alone fails the request, by index.
         """
         served = self._models.find(request.model)
-        size = _dimensions(served, request.dimensions)
+        size = size_of(served, request.dimensions)
         deadline_s = self._settings.limits.interactive_deadline_s
         work = Work(caller, request_id, "interactive", deadline_s, until)
         admitted = partial(self._quotas.admitted, caller, "interactive")
@@ -107,7 +107,7 @@ class EmbedFlow:
                     index, failure = reply.failures[0]
                     raise named(failure, request.param.format(index))
         timing = Timing(tokenise_ms, reply.queue_ms, reply.infer_ms)
-        return Embedded(_cut(reply.vectors, size), tokens, timing, cuts)
+        return Embedded(cut(reply.vectors, size), tokens, timing, cuts)
 
     async def tokenise(
         self, served: Served, request: EmbedRequest
@@ -192,7 +192,7 @@ def _token_rows(served: Served, request: EmbedRequest) -> list[TokenIds]:
     return rows
 
 
-def _dimensions(served: Served, wanted: int | None) -> int:
+def size_of(served: Served, wanted: int | None) -> int:
     """The length to cut vectors to. Raises BadInput when the model cannot."""
     own = served.model.dimensions
     if wanted is None or wanted == own:
@@ -208,7 +208,7 @@ def _dimensions(served: Served, wanted: int | None) -> int:
     return wanted
 
 
-def _cut(vectors: Vector, size: int) -> Vector:
+def cut(vectors: Vector, size: int) -> Vector:
     """Matryoshka: the first `size` dimensions, of unit length again (in float32)."""
     if vectors.shape[1] == size:
         return vectors

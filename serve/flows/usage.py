@@ -3,28 +3,20 @@
 A caller sees its own tenant's figures, and totals that name nobody else.
 """
 
-import asyncio
-from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
 from serve.admission.accounts import Rate
 from serve.admission.limits import month_of
-from serve.errors import ServiceError
 from serve.flows.context import Context
+from serve.flows.kept import Kept
 from serve.ports import Queues, Usage
 from serve.records import KLASSES, Caller, Klass, QueuePlace, QueueReport, UsageRow
 
 
-T = TypeVar("T")
-
 KEPT_S = 0.5
 """An answer serves a tenant for so long: the routes are not charged, and each call of the Store
 costs a transaction. The figures are some seconds old anyway."""
-
-ANSWERS_MAX = 1000
-"""Answers kept of each kind, one a tenant; of the others only the call under way is shared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +77,8 @@ class UsageFlow:
         self._places_max = context.settings.ledger.queue_places_max
         self._usage = usage
         self._queues = queues
-        self._rows = _Kept[Sequence[UsageRow]](context.clock)
-        self._reports = _Kept[Sequence[QueueReport]](context.clock)
+        self._rows = Kept[Sequence[UsageRow]](context.clock, KEPT_S)
+        self._reports = Kept[Sequence[QueueReport]](context.clock, KEPT_S)
 
     async def usage(self, caller: Caller) -> UsageView:
         """This month's usage of the caller's tenant, and what is left now of its limits.
@@ -119,43 +111,6 @@ class UsageFlow:
         if any(len(KLASSES) * report.tenants > self._places_max for report in reports):
             return f"Nothing of yours is among the {self._places_max} largest that wait."
         return "Nothing of yours is waiting."
-
-
-class _Kept(Generic[T]):
-    """Answers to questions, each kept for `KEPT_S` from when it was asked, failures too.
-
-    Who asks while an answer is under way shares it.
-    """
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._answers: OrderedDict[
-            tuple[str, ...], tuple[float, asyncio.Task[T | ServiceError]]
-        ] = OrderedDict()
-
-    async def get(self, question: tuple[str, ...], ask: Callable[[], Awaitable[T]]) -> T:
-        """The answer of the last `KEPT_S`, or a new one. Raises what `ask` raises."""
-        now = self._clock()
-        at, task = self._answers.get(question, (now, None))
-        if task is None or (task.done() and now - at >= KEPT_S):
-            task = asyncio.create_task(_outcome(ask))
-            self._answers[question] = now, task
-            self._answers.move_to_end(question)
-            if len(self._answers) > ANSWERS_MAX:
-                self._answers.popitem(last=False)
-        # Shielded: a caller who leaves must not take the answer from the others.
-        answer = await asyncio.shield(task)
-        if isinstance(answer, ServiceError):
-            raise answer
-        return answer
-
-
-async def _outcome(ask: Callable[[], Awaitable[T]]) -> T | ServiceError:
-    """A failure is a result, so that none goes unseen when all have left."""
-    try:
-        return await ask()
-    except ServiceError as error:
-        return error
 
 
 def _at_most(rate: Rate, caller: Caller, rows: Sequence[UsageRow]) -> Rate:

@@ -5,7 +5,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from serve.jobs.schema import audit
+from serve.jobs.tables import audit
 from serve.records import AuditEntry
 
 

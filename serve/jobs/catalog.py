@@ -1,18 +1,19 @@
 """Statements of `ports.Collections`: live, then deleted, then purged. The uuid never comes back."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
 import sqlalchemy as sa
 
 from serve.errors import Conflict, QuotaExceeded
-from serve.jobs.schema import collections, documents
+from serve.jobs.tables import collections, documents
 from serve.records import Collection
 
 
 _FIELDS = sa.select(*(column for column in collections.c if column.name != "deleted_at"))
 _IS_LIVE = collections.c.deleted_at.is_(None)
 _LIVE = _FIELDS.where(_IS_LIVE)
+_BY_UUID = _LIVE.where(collections.c.uuid.in_(sa.bindparam("uuids", expanding=True)))
 _COUNT = (
     sa.select(sa.func.count())
     .select_from(collections)
@@ -40,6 +41,12 @@ def find(conn: sa.Connection, tenant: str, name: str) -> Collection | None:
     mine = _LIVE.where(collections.c.tenant == tenant, collections.c.name == name)
     row = conn.execute(mine).one_or_none()
     return None if row is None else Collection(*row)
+
+
+def by_uuid(conn: sa.Connection, uuids: Iterable[str]) -> dict[str, Collection]:
+    """Those of these collections that live."""
+    rows = conn.execute(_BY_UUID, {"uuids": list(uuids)})
+    return {row.uuid: Collection(*row) for row in rows}
 
 
 def listed(conn: sa.Connection, tenant: str) -> Sequence[Collection]:

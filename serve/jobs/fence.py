@@ -6,7 +6,7 @@ import sqlalchemy as sa
 
 from serve.errors import Fenced
 from serve.jobs.generations import is_live, newer
-from serve.jobs.schema import epochs
+from serve.jobs.tables import epochs
 
 
 def take_epoch(conn: sa.Connection, name: str, deploy_seq: int) -> int:

@@ -1,6 +1,7 @@
-"""Statements of `ports.Documents`: generations only rise, and `chunks_max` bounds what may lie in
-the index. It is raised before a write lands and lowered only when a write has settled, so an
-interrupted write or delete is cleaned up by the next one.
+"""Generations of documents: they only rise, and `chunks_max` bounds what may lie in the index. It is
+raised before a write lands and lowered only when a write has settled, so an interrupted write or
+delete is cleaned up by the next one. `sha256` is of what has landed, empty while something newer has
+been accepted.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +10,8 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 
 from serve.errors import BadInput, NotFound
-from serve.jobs.schema import collections, documents
+from serve.jobs.rows import execute
+from serve.jobs.tables import collections, documents
 from serve.records import DocumentVersion, DocumentWrite
 
 
@@ -26,23 +28,50 @@ _RAISE = (
         generation=sa.bindparam("g"),
         chunks_max=sa.bindparam("m"),
         tombstone=sa.bindparam("t"),
+        sha256="",
         updated_at=sa.bindparam("u"),
     )
+)
+_WIDEN = (
+    sa.update(documents)
+    .where(*_KEY, documents.c.chunks_max < sa.bindparam("n"))
+    .values(chunks_max=sa.bindparam("n"))
 )
 _SETTLE = (
     sa.update(documents)
     .where(*_KEY, documents.c.generation == sa.bindparam("g"))
-    .values(chunks=sa.bindparam("n"), chunks_max=sa.bindparam("n"), updated_at=sa.bindparam("u"))
+    .values(
+        chunks=sa.bindparam("n"),
+        chunks_max=sa.bindparam("n"),
+        sha256=sa.bindparam("h"),
+        updated_at=sa.bindparam("u"),
+    )
 )
 
 
-class _Row(NamedTuple):
+class Landed(NamedTuple):
+    """A document write that the index holds: so many chunks, none of an older generation.
+
+    `sha256` is of its content and all that shaped its vectors.
+    """
+
+    document: str
+    generation: int
+    chunks: int
+    sha256: str = ""
+
+
+class Known(NamedTuple):
+    """What is kept of a document."""
+
     generation: int
     chunks_max: int
     tombstone: bool
+    sha256: str
 
 
-_ROWS = sa.select(documents.c.document, *(documents.c[field] for field in _Row._fields)).where(
+_INSERT = sa.insert(documents).inline()
+_ROWS = sa.select(documents.c.document, *(documents.c[field] for field in Known._fields)).where(
     documents.c.collection == sa.bindparam("c"),
     documents.c.document.in_(sa.bindparam("names", expanding=True)),
 )
@@ -52,60 +81,70 @@ _LIVE = sa.select(collections.c.uuid).where(
 _LIVE_LOCKED = _LIVE.with_for_update()
 
 
+def known(conn: sa.Connection, collection: str, names: Sequence[str]) -> dict[str, Known]:
+    """Hold a collection, and tell which of these documents it knows. Before `begin` and `delete`.
+
+    Raises NotFound (collection), BadInput (a document named twice).
+    """
+    _once_each(names)
+    lock_live(conn, collection)
+    return _rows(conn, collection, names)
+
+
 def begin(
-    conn: sa.Connection, collection: str, writes: Sequence[DocumentWrite], now: float
+    conn: sa.Connection,
+    collection: str,
+    writes: Sequence[DocumentWrite],
+    there: Mapping[str, Known],
+    now: float,
 ) -> Sequence[DocumentVersion]:
-    """Accept a write of each document; versions in the order of `writes`.
+    """Accept a write of each document; versions in the order of `writes`. `there` is `known`.
 
     A version's `chunks_max` counts this write's own chunks too; it may be above them although
     the document did not exist, after an interrupted delete.
-    Raises NotFound (collection), BadInput (a document named twice).
     """
-    names = [write.document for write in writes]
-    _once_each(names)
-    lock_live(conn, collection)
-    rows = _rows(conn, collection, names)
-    versions = [_next_write(write, rows.get(write.document)) for write in writes]
-    new = [version for version in versions if version.document not in rows]
-    old = [version for version in versions if version.document in rows]
-    if new:
-        conn.execute(sa.insert(documents), [_fresh(collection, each, now) for each in new])
+    versions = [_next_write(write, there.get(write.document)) for write in writes]
+    new = [version for version in versions if version.document not in there]
+    old = [version for version in versions if version.document in there]
+    execute(conn, _INSERT, [_fresh(collection, each, now) for each in new])
     _raise(conn, collection, old, tombstone=False, now=now)
     return versions
 
 
-def settle(
-    conn: sa.Connection, collection: str, versions: Sequence[tuple[str, int, int]], now: float
-) -> None:
-    """Note (document, generation, chunks) as what the index holds; older generations change nothing.
+def widen(conn: sa.Connection, collection: str, chunks: Mapping[str, int]) -> None:
+    """A write is about to land so many chunks of each document."""
+    rows = [{"c": collection, "d": name, "n": count} for name, count in chunks.items()]
+    execute(conn, _WIDEN, rows)
+
+
+def settle(conn: sa.Connection, collection: str, versions: Sequence[Landed], now: float) -> None:
+    """Note what the index holds; older generations change nothing.
 
     Tombstones stay as rows: a generation must never go back.
     """
-    if versions:
-        conn.execute(
-            _SETTLE,
-            [
-                {"c": collection, "d": document, "g": generation, "n": chunks, "u": now}
-                for document, generation, chunks in versions
-            ],
-        )
+    fixed = {"c": collection, "u": now}
+    rows = [
+        {**fixed, "d": one.document, "g": one.generation, "n": one.chunks, "h": one.sha256}
+        for one in versions
+    ]
+    execute(conn, _SETTLE, rows)
 
 
 def delete(
-    conn: sa.Connection, collection: str, names: Sequence[str], now: float
+    conn: sa.Connection,
+    collection: str,
+    names: Sequence[str],
+    there: Mapping[str, Known],
+    now: float,
 ) -> Sequence[DocumentVersion]:
-    """Accept a delete of each document; versions in the order of `names`.
+    """Accept a delete of each document; versions in the order of `names`. `there` is `known`.
 
     An unknown document gets generation 0. One that is deleted already gets a new generation and
     keeps its `chunks_max`: repeating an interrupted delete finishes it.
-    Raises NotFound (collection), BadInput (a document named twice).
     """
-    _once_each(names)
-    lock_live(conn, collection)
-    rows = _rows(conn, collection, names)
-    versions = [_next_delete(name, rows.get(name)) for name in names]
-    known = [version for version in versions if version.document in rows]
-    _raise(conn, collection, known, tombstone=True, now=now)
+    versions = [_next_delete(name, there.get(name)) for name in names]
+    old = [version for version in versions if version.document in there]
+    _raise(conn, collection, old, tombstone=True, now=now)
     return versions
 
 
@@ -139,7 +178,7 @@ def _once_each(names: Sequence[str]) -> None:
         seen.add(name)
 
 
-def _next_write(write: DocumentWrite, row: _Row | None) -> DocumentVersion:
+def _next_write(write: DocumentWrite, row: Known | None) -> DocumentVersion:
     if row is None:
         return DocumentVersion(write.document, 1, write.chunks, existed=False)
     chunks_max = max(row.chunks_max, write.chunks)
@@ -148,7 +187,7 @@ def _next_write(write: DocumentWrite, row: _Row | None) -> DocumentVersion:
     )
 
 
-def _next_delete(name: str, row: _Row | None) -> DocumentVersion:
+def _next_delete(name: str, row: Known | None) -> DocumentVersion:
     if row is None:
         return DocumentVersion(name, 0, 0, existed=False)
     return DocumentVersion(name, row.generation + 1, row.chunks_max, existed=not row.tombstone)
@@ -162,6 +201,7 @@ def _fresh(collection: str, version: DocumentVersion, now: float) -> dict[str, A
         "chunks_max": version.chunks_max,
         "chunks": 0,
         "tombstone": False,
+        "sha256": "",
         "updated_at": now,
     }
 
@@ -174,23 +214,20 @@ def _raise(
     tombstone: bool,
     now: float,
 ) -> None:
-    if versions:
-        fixed = {"c": collection, "t": tombstone, "u": now}
-        conn.execute(
-            _RAISE,
-            [
-                {**fixed, "d": each.document, "g": each.generation, "m": each.chunks_max}
-                for each in versions
-            ],
-        )
+    fixed = {"c": collection, "t": tombstone, "u": now}
+    rows = [
+        {**fixed, "d": each.document, "g": each.generation, "m": each.chunks_max}
+        for each in versions
+    ]
+    execute(conn, _RAISE, rows)
 
 
-def _rows(conn: sa.Connection, collection: str, names: Sequence[str]) -> dict[str, _Row]:
+def _rows(conn: sa.Connection, collection: str, names: Sequence[str]) -> dict[str, Known]:
     """The documents that have a row, by name."""
-    found: dict[str, _Row] = {}
+    found: dict[str, Known] = {}
     for part in _parts(names):
         values = {"c": collection, "names": part}
-        found.update((row[0], _Row(*row[1:])) for row in conn.execute(_ROWS, values))
+        found.update((row[0], Known(*row[1:])) for row in conn.execute(_ROWS, values).all())
     return found
 
 

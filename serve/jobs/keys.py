@@ -2,7 +2,7 @@
 are one family, of which at most two are live.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +10,8 @@ import sqlalchemy as sa
 
 from serve.errors import Conflict, NotFound
 from serve.jobs import audit, tenants
-from serve.jobs.schema import keys
-from serve.jobs.schema import tenants as tenants_table
+from serve.jobs.tables import keys
+from serve.jobs.tables import tenants as tenants_table
 from serve.records import Key
 
 
@@ -35,6 +35,10 @@ _IS_LIVE = sa.and_(
 _LIVE = _FIELDS.where(_IS_LIVE)
 _BY_ID = _LIVE.where(keys.c.id == sa.bindparam("key"))
 _LISTED = _LIVE.where(keys.c.id > sa.bindparam("after")).order_by(keys.c.id)
+_PAYERS = _LIVE.where(
+    keys.c.tenant.in_(sa.bindparam("tenants", expanding=True)),
+    keys.c.family.in_(sa.bindparam("families", expanding=True)),
+).order_by(keys.c.id)
 _COUNT = sa.select(sa.func.count()).select_from(keys).where(_IS_LIVE)
 
 
@@ -42,6 +46,41 @@ def find_key(conn: sa.Connection, key_id: str, now: float) -> Key | None:
     """The live key, with its tenant's tier and limits of now."""
     row = conn.execute(_BY_ID, {"key": key_id, "now": now}).one_or_none()
     return None if row is None else Key(*row)
+
+
+def payers(
+    conn: sa.Connection, families: Collection[tuple[str, str]], now: float
+) -> dict[tuple[str, str], Key]:
+    """Who pays, by tenant and family: a live key of the family, else its tenant alone.
+
+    A job outlives the key that handed it over.
+    """
+    names = {
+        "tenants": list({one for one, _ in families}),
+        "families": [one for _, one in families],
+    }
+    found: dict[tuple[str, str], Key] = {}
+    for row in conn.execute(_PAYERS, {**names, "now": now}):
+        key = Key(*row)
+        if (key.tenant, key.family) in families:
+            found.setdefault((key.tenant, key.family), key)
+    for tenant, family in families:
+        if (tenant, family) not in found:
+            found[tenant, family] = _tenant_alone(conn, tenant, family, now)
+    return found
+
+
+def _tenant_alone(conn: sa.Connection, tenant: str, family: str, now: float) -> Key:
+    found = tenants.find_tenant(conn, tenant)
+    return Key(
+        id=family,
+        tenant=tenant,
+        tier="" if found is None else found.tier,
+        secret_sha256="",
+        created_at=now,
+        family=family,
+        tenant_limits={} if found is None else found.limits,
+    )
 
 
 def list_keys(

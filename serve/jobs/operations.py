@@ -2,15 +2,16 @@
 repeat of the same operation id returns it instead of acting again.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, astuple, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Generic, TypeVar
 
 import sqlalchemy as sa
 
 from serve.errors import Conflict
-from serve.jobs.schema import operations
-from serve.records import Collection, DocumentVersion, Key, Tenant
+from serve.items import Accepted, Job
+from serve.jobs.tables import operations
+from serve.records import Collection, Key, Tenant
 
 
 T = TypeVar("T")
@@ -36,12 +37,9 @@ def _decode_collection(value: dict[str, Any] | None) -> Collection | None:
     return None if value is None else Collection(**value)
 
 
-def _encode_versions(value: Sequence[DocumentVersion]) -> list[Any]:
-    return [astuple(version) for version in value]
-
-
-def _decode_versions(value: list[Any]) -> Sequence[DocumentVersion]:
-    return [DocumentVersion(*fields) for fields in value]
+def _encode_job(job: Job) -> dict[str, Any]:
+    """As `asdict`, which would copy all that it holds first, at 0.2 ms."""
+    return {each.name: getattr(job, each.name) for each in fields(job)}
 
 
 NOTHING: Codec[None] = Codec(_no_result, _no_result)
@@ -49,13 +47,19 @@ MADE: Codec[Collection] = Codec(asdict, lambda value: Collection(**value))
 FOUND: Codec[Collection | None] = Codec(_encode_collection, _decode_collection)
 KEY: Codec[Key] = Codec(asdict, lambda value: Key(**value))
 TENANT: Codec[Tenant] = Codec(asdict, lambda value: Tenant(**value))
-VERSIONS: Codec[Sequence[DocumentVersion]] = Codec(_encode_versions, _decode_versions)
+COUNT: Codec[int] = Codec(int, int)
+JOB: Codec[Job] = Codec(_encode_job, lambda value: Job(**value))
+ACCEPTED: Codec[Accepted] = Codec(
+    lambda value: {"job": _encode_job(value.job), "replayed": value.replayed},
+    lambda value: Accepted(Job(**value["job"]), value["replayed"]),
+)
 
 
 _KEPT = sa.select(operations.c.method, operations.c.result).where(
     operations.c.op == sa.bindparam("id")
 )
 _KEEP = sa.insert(operations)
+_ALONE = sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(sa.bindparam("id"), 0)))
 
 
 def once(
@@ -72,6 +76,8 @@ def once(
     An operation that raised is not kept: its repeat is tried anew.
     Raises Conflict when `op` was another method's.
     """
+    if conn.dialect.name == "postgresql":  # SQLite has one writer: nobody else is at it
+        conn.execute(_ALONE, {"id": op})
     kept = conn.execute(_KEPT, {"id": op}).one_or_none()
     if kept is None:
         value = work()

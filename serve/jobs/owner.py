@@ -1,6 +1,7 @@
-"""The Store on SQLite: the ports over one `Committer`, the only process that opens the file."""
+"""The Store: its ports over SQLite, as the only process that opens the file, or over Postgres, as one
+of many.
+"""
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -8,19 +9,21 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
-from serve.config import Store
-from serve.jobs import audit, catalog, fence, generations, keys, operations, tenants, usage
-from serve.jobs.committer import Committer, Work
-from serve.jobs.operations import FOUND, KEY, MADE, NOTHING, TENANT, VERSIONS, Codec
+from serve.config import Admission, Jobs, Store
+from serve.jobs import audit, catalog, fence, keys, operations, tenants, usage
+from serve.jobs.committer import Committer
+from serve.jobs.file_owner import FileOwner
+from serve.jobs.operations import FOUND, KEY, MADE, NOTHING, TENANT
+from serve.jobs.postgres import Postgres
 from serve.jobs.sqlite import open_database
 from serve.jobs.upkeep import Chore
-from serve.ports import Collections, Documents, Fence, Keys, Tenants, Usage
+from serve.jobs.webhook_owner import WebhookOwner
+from serve.ports import Collections, Fence, Keys, Tenants, Usage
 from serve.records import (
     AuditEntry,
     Collection,
-    DocumentVersion,
-    DocumentWrite,
     Key,
+    Klass,
     Tenant,
     UsageRow,
 )
@@ -40,7 +43,7 @@ HOUR_S = 3600.0
 CLOSE_WAIT_S = 30.0
 
 
-class StoreOwner(Keys, Tenants, Usage, Collections, Documents, Fence):
+class StoreOwner(FileOwner, WebhookOwner, Keys, Tenants, Usage, Collections, Fence):
     """Implements the Store's ports for one process; every call is acknowledged after its commit.
 
     Calls raise Overloaded when `settings.queue_max` wait, StoreUnavailable when the commit failed
@@ -50,28 +53,45 @@ class StoreOwner(Keys, Tenants, Usage, Collections, Documents, Fence):
 
     def __init__(
         self,
-        path: Path,
+        place: Path | str,
         settings: Store,
-        clock: Callable[[], float],
+        clock: Callable[[], float] | None,
         *,
         collections_max: int | None = None,
+        jobs: Jobs | None = None,
+        shares: Mapping[Klass, float] | None = None,
     ) -> None:
-        """Opens the database, made when new. `clock` gives epoch seconds.
+        """Opens the database, made when new: a SQLite file, or Postgres by its URL.
+
+        `clock` gives epoch seconds; on Postgres None is its own, the same for all processes.
 
         `collections_max` bounds the live collections of a tenant; None: whoever asks bounds them.
+        `jobs` and the classes' `shares` are the settings' defaults where not given.
         Blocks up to `settings.lock_wait_s` for a predecessor: call it off the event loop.
         Raises StoreUnavailable as `serve.jobs.sqlite.open_database` does.
         """
         self._keys_max = settings.keys_max
         self._collections_max = collections_max
         self._chores = _chores(settings)
-        self._committer = Committer(
-            lambda: open_database(path, settings.lock_wait_s, clock()),
-            ops_max=settings.commit_ops_max,
-            queue_max=settings.queue_max,
-            clock=clock,
-            upkeep=self._keep_up,
-        )
+        executor: Committer | Postgres
+        if isinstance(place, str) or clock is None:
+            url = str(place)
+            executor = Postgres(
+                url,
+                connections=settings.connections,
+                queue_max=settings.queue_max,
+                clock=clock,
+                upkeep=self._keep_up,
+            )
+        else:
+            executor = Committer(
+                lambda: open_database(place, settings.lock_wait_s, clock()),
+                ops_max=settings.commit_ops_max,
+                queue_max=settings.queue_max,
+                clock=clock,
+                upkeep=self._keep_up,
+            )
+        super().__init__(executor, jobs or Jobs(), shares or Admission().shares)
 
     @property
     def healthy(self) -> bool:
@@ -223,34 +243,6 @@ class StoreOwner(Keys, Tenants, Usage, Collections, Documents, Fence):
         """Deleted but not yet purged."""
         return await self._do(lambda conn, _now: catalog.deleted(conn))
 
-    async def begin_documents(
-        self, op: str, collection: str, writes: Sequence[DocumentWrite]
-    ) -> Sequence[DocumentVersion]:
-        """Accept a write of each document. Raises NotFound, BadInput (a document twice)."""
-        return await self._once(
-            op,
-            "begin_documents",
-            VERSIONS,
-            lambda conn, now: generations.begin(conn, collection, writes, now),
-        )
-
-    async def settle_documents(
-        self, collection: str, versions: Sequence[tuple[str, int, int]]
-    ) -> None:
-        """(document, generation, chunks) landed; older generations change nothing."""
-        await self._do(lambda conn, now: generations.settle(conn, collection, versions, now))
-
-    async def delete_documents(
-        self, op: str, collection: str, documents: Sequence[str]
-    ) -> Sequence[DocumentVersion]:
-        """Accept a delete of each document. Raises NotFound, BadInput (a document twice)."""
-        return await self._once(
-            op,
-            "delete_documents",
-            VERSIONS,
-            lambda conn, now: generations.delete(conn, collection, documents, now),
-        )
-
     async def take_epoch(self, name: str, deploy_seq: int) -> int:
         """Become the writer `name`. Raises Fenced when a later deployment took it."""
         return await self._do(lambda conn, _now: fence.take_epoch(conn, name, deploy_seq))
@@ -260,15 +252,6 @@ class StoreOwner(Keys, Tenants, Usage, Collections, Documents, Fence):
     ) -> frozenset[str]:
         """Documents with a newer generation, all if the collection is gone. Raises Fenced."""
         return await self._do(lambda conn, _now: fence.superseded(conn, name, epoch, ns, versions))
-
-    async def _do(self, work: Work[T]) -> T:
-        return await asyncio.wrap_future(self._committer.submit(work))
-
-    async def _once(self, op: str, method: str, codec: Codec[T], work: Work[T]) -> T:
-        def kept(conn: sa.Connection, now: float) -> T:
-            return operations.once(conn, op, codec, lambda: work(conn, now), method=method, now=now)
-
-        return await self._do(kept)
 
     def _keep_up(self, conn: sa.Connection, now: float) -> None:
         for chore in self._chores:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
+import orjson
 import sqlalchemy as sa
 
 from serve.errors import StoreUnavailable
@@ -143,7 +144,13 @@ def _engine(path: Path) -> sa.Engine:
             raise
         return connection
 
-    engine = sa.create_engine("sqlite://", creator=connect, poolclass=sa.pool.NullPool)
+    engine = sa.create_engine(
+        "sqlite://",
+        creator=connect,
+        poolclass=sa.pool.NullPool,
+        json_serializer=lambda value: orjson.dumps(value).decode(),
+        json_deserializer=orjson.loads,
+    )
 
     @sa.event.listens_for(engine, "begin")
     def begin(conn: sa.Connection) -> None:

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from serve.errors import NotFound
 from serve.jobs import audit
-from serve.jobs.schema import tenants
+from serve.jobs.tables import tenants
 from serve.records import Tenant
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from serve.jobs.schema import OF_A_SESSION
-from serve.jobs.schema import usage_month as usage
+from serve.jobs.tables import OF_A_SESSION
+from serve.jobs.tables import usage_month as usage
 from serve.records import UsageRow
 
 

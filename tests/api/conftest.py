@@ -23,6 +23,7 @@ import httpx2
 import jsonschema_rs
 import openai
 import pytest
+import stamina
 import uvicorn
 from fastapi import FastAPI
 
@@ -32,23 +33,34 @@ from serve.admission.quotas import Quotas
 from serve.allowance import Quota, Tier
 from serve.api.app import create_app
 from serve.api.service import Service
-from serve.config import Admission, Buffer, Chunking, Model, Settings
+from serve.config import Admission, Buffer, Chunking, Jobs, Model, Settings
 from serve.config import Pool as PoolSettings
+from serve.content.blobs import LocalBlobs
 from serve.embedding.fake import FakeEngine, Faults
 from serve.embedding.pool import Pool
 from serve.embedding.tokenizer import Tokenizer
+from serve.flows.batch import BatchFlow
+from serve.flows.batch_work import batch_handlers
 from serve.flows.batching import Batcher
 from serve.flows.collections import CollectionFlow
 from serve.flows.context import Context
+from serve.flows.document_work import DocumentWork
 from serve.flows.embed import EmbedFlow
+from serve.flows.feed import Feed
+from serve.flows.files import FileFlow
 from serve.flows.ingest import IngestFlow
+from serve.flows.jobs import JobFlow
 from serve.flows.models import Models
 from serve.flows.operators import OperatorFlow
 from serve.flows.search import SearchFlow
 from serve.flows.usage import UsageFlow
+from serve.flows.webhooks import WebhookFlow
 from serve.index.memory import MemoryIndex
 from serve.index.writer import Writer
+from serve.jobs.faults import Retries
 from serve.jobs.owner import StoreOwner
+from serve.jobs.runner import Runner
+from serve.jobs.vault import Vault
 from serve.ports import Keys
 from serve.records import EmbedCall, EmbedReply, Key, QueueReport, Role
 
@@ -91,12 +103,16 @@ OWNERS: dict[str, tuple[str, str, Role]] = {
 
 
 def small(**changes: Any) -> Settings:
-    """Settings of the tests: two fake models, tiers of round figures, no waiting for writes."""
+    """Settings of the tests: two fake models, tiers of round figures, no waiting for writes.
+
+    Workers are silent: their leases end when the clock is moved, never because a test is slow.
+    """
     values: dict[str, Any] = {
         "pools": (PoolSettings(models=(PLAIN, NESTED)),),
         "admission": Admission(tiers=TIERS),
         "chunking": Chunking(tokens=32, overlap=8),
         "buffer": Buffer(age_s_start=0.001, age_s_min=0.001),
+        "jobs": Jobs(heartbeat_s=300, lease_s=600, retry_s=5),
     }
     return Settings(**{**values, **changes})
 
@@ -158,6 +174,8 @@ class Ports:
     index: MemoryIndex
     ledger: Any
     queues: Any
+    blobs: LocalBlobs
+    vault: Vault
 
 
 @dataclass
@@ -170,6 +188,7 @@ class Whole:
     clock: Any
     keys: Mapping[str, str]
     stack: AsyncExitStack = field(repr=False)
+    worker: asyncio.Task[None] | None = field(default=None, repr=False)
 
     def __getattr__(self, name: str) -> Any:
         """A port: `whole.embedder`."""
@@ -186,6 +205,31 @@ class Whole:
                 event_hooks={"response": [Conformance()]},
             )
         )
+
+    async def work(self, owner: str) -> asyncio.Task[None]:
+        """Start a worker; it ends with the test, or, as if it was killed, when it is cancelled."""
+        context = self.service.context
+        rules = context.settings.jobs
+        rng = random.Random(1)  # noqa: S311  jitter
+        retries = Retries(rules.retry_s, rules.retry_factor, rules.retry_s_max, rng)
+        documents = DocumentWork(context, self.service.embed, self.ports.upserter, retries)
+        batches = batch_handlers(
+            context,
+            self.service.embed,
+            self.ports.store,
+            upserter=self.ports.upserter,
+            blobs=self.ports.blobs,
+            retries=retries,
+        )
+        runner = Runner(
+            self.ports.store,
+            {**documents.handlers(), **batches},
+            owner=owner,
+            worker=context.settings.workers[0],
+            rules=rules,
+            retries=retries,
+        )
+        return await background(self.stack, runner.run())
 
     async def openai(self, who: str = "premium", **options: Any) -> openai.AsyncOpenAI:
         """The official client, without retries unless `options` say otherwise."""
@@ -226,8 +270,12 @@ class Conformance:
             pattern = re.sub(r"\{\w+\}", "[^/]*", template.replace("{model_id}", ".*"))
             if operation is not None and re.fullmatch(pattern, response.request.url.path):
                 known = operation["responses"]
-                media = known.get(str(response.status_code), known.get("default"))["content"]
-                return media[response.headers["content-type"]]["schema"]
+                described = known.get(str(response.status_code), known.get("default"))
+                if response.status_code == 204:
+                    return None
+                media = response.headers["content-type"].split(";")[0]
+                schema = described["content"][media]["schema"]
+                return schema if media.endswith("json") else None
         return None
 
 
@@ -249,6 +297,19 @@ def faulty(model: Model, _: PoolSettings) -> FakeEngine:
     return FakeEngine(model, faults=Faults(poison=row(POISON), not_finite=row(NOT_FINITE)))
 
 
+async def background(stack: AsyncExitStack, work: Any) -> asyncio.Task[None]:
+    """Start it; it is cancelled when the stack ends."""
+    task = asyncio.create_task(work)
+
+    async def end() -> None:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+    stack.push_async_callback(end)
+    return task
+
+
 @dataclass
 class Builder:
     """Makes services; each ends with the test."""
@@ -261,11 +322,17 @@ class Builder:
     def __post_init__(self) -> None:
         self.began = self.clock()
 
-    async def __call__(self, *, serving: bool = True, **changes: Any) -> Whole:
-        """`changes` are of the settings; the model runs only when `serving`."""
+    async def __call__(
+        self, *, serving: bool = True, working: bool = True, **changes: Any
+    ) -> Whole:
+        """`changes` are of the settings; the model runs only when `serving`, a worker when
+        `working`.
+        """
         settings = small(**changes)
         self.made += 1
-        owner = StoreOwner(self.folder / f"{self.made}.db", settings.store, self.wall)
+        owner = StoreOwner(
+            self.folder / f"{self.made}.db", settings.store, self.wall, jobs=settings.jobs
+        )
         self.stack.callback(owner.close)
         index = MemoryIndex(settings.index)
         writer = Writer(
@@ -289,11 +356,16 @@ class Builder:
             index=index,
             ledger=Sabotage(ledger),
             queues=Sabotage(FakeQueues()),
+            blobs=LocalBlobs(self.folder / f"{self.made}.blobs"),
+            vault=Vault(Vault.new_key()),
         )
         service = self.service(settings, ports)
         await self.background(service.context.quotas.run())
+        await self.background(service.feed.run())
         keys = await make_keys(owner)
-        return Whole(create_app(lambda: service), service, ports, self.clock, keys, self.stack)
+        whole = Whole(create_app(lambda: service), service, ports, self.clock, keys, self.stack)
+        whole.worker = await whole.work("worker") if working else None
+        return whole
 
     def wall(self) -> float:
         """Seconds since the epoch."""
@@ -334,6 +406,8 @@ class Builder:
         )
         embed = EmbedFlow(context)
         collections = CollectionFlow(context, ports.store, ports.upserter)
+        feed = Feed(ports.store, settings.jobs, self.clock)
+        files = FileFlow(context, ports.store, ports.blobs)
 
         async def ready() -> dict[str, bool]:
             return {"embedder-default": await ports.embedder.ready()}
@@ -343,22 +417,29 @@ class Builder:
             Door(ports.store, settings.admission, clock=self.clock, wall=self.wall),
             embed,
             collections,
-            IngestFlow(context, collections, embed, ports.store, ports.upserter),
+            IngestFlow(context, collections, ports.store, feed),
             SearchFlow(context, collections, embed, ports.index),
             OperatorFlow(settings, ports.store, ports.store, self.wall),
             UsageFlow(context, ports.store, ports.queues),
+            JobFlow(
+                context, collections, ports.store, ports.store, queues=ports.queues, files=files
+            ),
+            feed,
+            files,
+            BatchFlow(context, collections, ports.store, files),
+            WebhookFlow(context, ports.store, ports.vault),
             ready,
         )
 
     async def background(self, work: Any) -> None:
-        task = asyncio.create_task(work)
+        await background(self.stack, work)
 
-        async def end() -> None:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
 
-        self.stack.push_async_callback(end)
+@pytest.fixture(autouse=True)
+def _no_pauses() -> Iterator[None]:
+    """Tries inside a lease come at once."""
+    with stamina.set_testing(testing=True, attempts=2, cap=True):
+        yield
 
 
 @pytest.fixture
@@ -389,7 +470,8 @@ class Served:
 async def serve_over_http(folder: Path, found: "Future[Served]", stop: Callable[[], bool]) -> None:
     """Build a service and serve it until `stop` says so; the address goes to `found`."""
     async with AsyncExitStack() as stack:
-        whole = await Builder(stack, folder, time.monotonic)()
+        jobs = Jobs(stream_s=0.05)  # who reads a stream here waits for its end
+        whole = await Builder(stack, folder, time.monotonic)(jobs=jobs)
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         server = uvicorn.Server(uvicorn.Config(whole.app, log_config=None, lifespan="off"))
         serving = asyncio.create_task(server.serve(sockets=[listener]))

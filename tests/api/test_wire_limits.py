@@ -155,7 +155,6 @@ async def test_timing_stands_on_replies_of_model_routes(whole):
     await client.post("/v1/collections", json={"name": "books"})
     answers = [
         await embed(client),
-        await client.post(f"{books}/documents", json={"documents": [{"id": "1", "text": "x"}]}),
         await client.post(f"{books}/search", json={"text": "x"}),
     ]
     for answer in answers:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from bench.postgres_server import careless, emptied
 from serve.config import Store
 from serve.jobs.owner import StoreOwner
 
@@ -23,8 +24,19 @@ async def owner(folder: Path, clock: Callable[[], float]) -> AsyncIterator[Any]:
         opened.close()
 
 
+@asynccontextmanager
+async def postgres_owner(_: Path, clock: Callable[[], float]) -> AsyncIterator[Any]:
+    careless()
+    with emptied() as url:
+        opened = StoreOwner(url, Store(keys_max=KEYS_MAX), clock)
+        try:
+            yield opened
+        finally:
+            opened.close()
+
+
 Opener = Callable[[Path, Callable[[], float]], AbstractAsyncContextManager[Any]]
-OPENERS: dict[str, Opener] = {"owner": owner}
+OPENERS: dict[str, Opener] = {"owner": owner, "postgres": postgres_owner}
 
 
 @pytest.fixture(params=OPENERS)

@@ -1,17 +1,20 @@
 """What every Store promises of collections, documents and fences, written against the ports."""
 
 import asyncio
+from collections.abc import Iterable
 from itertools import count
 from typing import Protocol
 
 import pytest
 
 from serve.errors import BadInput, Conflict, Fenced, NotFound
-from serve.ports import Collections, Documents, Fence, Keys
-from serve.records import Collection, DocumentVersion, DocumentWrite, Key
+from serve.items import Item, Job, NewItem, Settlement, Task, new_id
+from serve.job_ports import Jobs, Queue
+from serve.ports import Collections, Fence, Keys
+from serve.records import Collection, Key
 
 
-class Store(Keys, Collections, Documents, Fence, Protocol):
+class Store(Keys, Collections, Jobs, Queue, Fence, Protocol):
     pass
 
 
@@ -34,8 +37,38 @@ def collection(name: str, tenant: str = "acme", uuid: str = "") -> Collection:
     )
 
 
-def writes(*pairs: tuple[str, int]) -> list[DocumentWrite]:
-    return [DocumentWrite(*pair) for pair in pairs]
+def job(uuid: str) -> Job:
+    return Job(new_id("job", 5.25), "acme", "k", "documents", "bulk", 1.0, 5.25, collection=uuid)
+
+
+def units(*names: str, task: Task = "document") -> list[NewItem]:
+    """Items that are ready for the stage that lands them."""
+    return [NewItem(name, task, "embed", 1.0, {}) for name in names]
+
+
+async def accept(store: Store, uuid: str, *names: str, task: Task = "document") -> dict[str, int]:
+    """Accept a write, or a delete, of each document; generations by name."""
+    made = job(uuid)
+    await store.submit_job(op(), made, units(*names, task=task))
+    views = await store.list_items("acme", made.id, (), -1, len(names))
+    return {view.name: view.generation for view in views}
+
+
+async def claimed(store: Store) -> dict[tuple[str, int], Item]:
+    """All that waits, by name and generation."""
+    found = (await store.claim("w", "embed", 500, 1e9, 0.0)).items
+    return {(item.name, item.generation): item for item in found}
+
+
+async def begin_to_land(store: Store, items: Iterable[Item], chunks: int) -> None:
+    """They are about to put so many chunks into the index."""
+    told = [Settlement(one.id, one.lease, "advance", chunks=chunks) for one in items]
+    assert all(await store.settle(told))
+
+
+async def land(store: Store, items: Iterable[Item], chunks: int) -> None:
+    told = [Settlement(one.id, one.lease, "done", chunks=chunks) for one in items]
+    assert all(await store.settle(told))
 
 
 async def made(store: Store) -> str:
@@ -83,24 +116,22 @@ async def test_a_deleted_collection_is_found_by_nobody_and_frees_its_name(store:
 async def test_a_purged_collection_is_forgotten(store: Store):
     old = collection("docs")
     await store.create_collection(op(), old)
-    await store.begin_documents(op(), old.uuid, writes(("a", 1), ("b", 1)))
+    await accept(store, old.uuid, "a", "b")
     await store.delete_collection(op(), "acme", "docs")
     await store.purge_collection(old.uuid)
     assert await store.deleted_collections() == []
     await store.purge_collection(old.uuid)  # a repeat is no error
     # Its documents are gone too: the same uuid would start anew.
     await store.create_collection(op(), old)
-    (version,) = await store.begin_documents(op(), old.uuid, writes(("a", 1)))
-    assert version.generation == 1
+    assert await accept(store, old.uuid, "a") == {"a": 1}
 
 
 async def test_a_live_collection_is_not_purged(store: Store):
     uuid = await made(store)
-    await store.begin_documents(op(), uuid, writes(("a", 1)))
+    await accept(store, uuid, "a")
     with pytest.raises(Conflict):
         await store.purge_collection(uuid)
-    (version,) = await store.begin_documents(op(), uuid, writes(("a", 1)))
-    assert version.generation == 2
+    assert await accept(store, uuid, "a") == {"a": 2}
 
 
 # Documents
@@ -108,112 +139,99 @@ async def test_a_live_collection_is_not_purged(store: Store):
 
 async def test_each_write_raises_its_documents_generation(store: Store):
     uuid = await made(store)
-    assert await store.begin_documents(op(), uuid, writes(("a", 3), ("b", 1))) == [
-        DocumentVersion("a", 1, 3, existed=False),
-        DocumentVersion("b", 1, 1, existed=False),
-    ]
-    assert await store.begin_documents(op(), uuid, writes(("c", 2), ("a", 1))) == [
-        DocumentVersion("c", 1, 2, existed=False),
-        DocumentVersion("a", 2, 3, existed=True),
-    ]
+    assert await accept(store, uuid, "a", "b") == {"a": 1, "b": 1}
+    assert await accept(store, uuid, "c", "a") == {"c": 1, "a": 2}
 
 
 async def test_documents_of_two_collections_share_nothing(store: Store):
     one, two = await made(store), await made(store)
-    await store.begin_documents(op(), one, writes(("a", 3)))
-    assert await store.begin_documents(op(), two, writes(("a", 1))) == [
-        DocumentVersion("a", 1, 1, existed=False)
-    ]
+    await accept(store, one, "a")
+    assert await accept(store, two, "a") == {"a": 1}
 
 
-async def test_settling_lowers_the_bound_on_chunks(store: Store):
+async def test_a_worker_is_told_what_may_lie_in_the_index(store: Store):
     uuid = await made(store)
-    await store.begin_documents(op(), uuid, writes(("a", 9), ("b", 9)))
-    await store.begin_documents(op(), uuid, writes(("a", 2)))
-    await store.settle_documents(uuid, [("a", 2, 2)])
-    assert await store.begin_documents(op(), uuid, writes(("a", 1), ("b", 1))) == [
-        DocumentVersion("a", 3, 2),
-        DocumentVersion("b", 2, 9),
-    ]
+    await accept(store, uuid, "a", "b")
+    await begin_to_land(store, (await claimed(store)).values(), 9)
+    held = await claimed(store)
+    assert [item.chunks_max for item in held.values()] == [9, 9]
+    await land(store, [held["a", 1]], 2)  # and the other one never lands
+    await accept(store, uuid, "a", "b")
+    await begin_to_land(store, (await claimed(store)).values(), 3)
+    held = await claimed(store)
+    assert held["a", 2].chunks_max == 3
+    assert held["b", 2].chunks_max == 9
 
 
-async def test_an_older_generation_does_not_settle(store: Store):
+async def test_an_older_write_that_lands_late_settles_nothing(store: Store):
     uuid = await made(store)
-    await store.begin_documents(op(), uuid, writes(("a", 2)))
-    await store.begin_documents(op(), uuid, writes(("a", 7)))
-    await store.settle_documents(uuid, [("a", 1, 2)])
-    (version,) = await store.begin_documents(op(), uuid, writes(("a", 1)))
-    assert version.chunks_max == 7
+    await accept(store, uuid, "a")
+    old = (await claimed(store))["a", 1]
+    await accept(store, uuid, "a")
+    new = (await claimed(store))["a", 2]
+    await begin_to_land(store, [new], 7)
+    assert not old.superseded
+    await land(store, [old], 2)
+    assert (await claimed(store))["a", 2].chunks_max == 7
 
 
 async def test_a_document_named_twice_is_refused_as_a_whole(store: Store):
     uuid = await made(store)
-    for call in (
-        store.begin_documents(op(), uuid, writes(("a", 1), ("b", 1), ("a", 2))),
-        store.delete_documents(op(), uuid, ["a", "b", "a"]),
-    ):
+    for task in ("document", "delete"):
         with pytest.raises(BadInput, match="'a'") as caught:
-            await call
+            await accept(store, uuid, "a", "b", "a", task=task)
         assert caught.value.param == "documents[2]"
-    (version,) = await store.begin_documents(op(), uuid, writes(("b", 1)))
-    assert version == DocumentVersion("b", 1, 1, existed=False)
+    assert await accept(store, uuid, "b") == {"b": 1}
+    assert len(await store.list_jobs("acme", None, (), "", 10)) == 1
 
 
 async def test_a_collection_that_is_gone_takes_no_documents(store: Store):
     gone = collection("docs")
     await store.create_collection(op(), gone)
+    await accept(store, gone.uuid, "a")
+    held = await claimed(store)
     await store.delete_collection(op(), "acme", "docs")
     for uuid in (gone.uuid, "f" * 32):
-        with pytest.raises(NotFound) as caught:
-            await store.begin_documents(op(), uuid, writes(("a", 1)))
-        assert caught.value.param == "collection"
-        with pytest.raises(NotFound):
-            await store.delete_documents(op(), uuid, ["a"])
-        await store.settle_documents(uuid, [("a", 1, 1)])  # nothing to settle, no error
+        for task in ("document", "delete"):
+            with pytest.raises(NotFound) as caught:
+                await accept(store, uuid, "a", task=task)
+            assert caught.value.param == "collection"
+    await land(store, held.values(), 1)  # nobody will know, no error
 
 
 async def test_a_delete_is_a_write_that_leaves_a_tombstone(store: Store):
     uuid = await made(store)
-    await store.begin_documents(op(), uuid, writes(("a", 3)))
-    assert await store.delete_documents(op(), uuid, ["new", "a"]) == [
-        DocumentVersion("new", 0, 0, existed=False),
-        DocumentVersion("a", 2, 3, existed=True),
-    ]
-    await store.settle_documents(uuid, [("a", 2, 0)])
-    assert await store.begin_documents(op(), uuid, writes(("a", 1), ("new", 1))) == [
-        DocumentVersion("a", 3, 1, existed=False),
-        DocumentVersion("new", 1, 1, existed=False),
-    ]
+    await accept(store, uuid, "a")
+    await begin_to_land(store, (await claimed(store)).values(), 3)
+    await land(store, (await claimed(store)).values(), 3)
+    assert await accept(store, uuid, "new", "a", task="delete") == {"new": 0, "a": 2}
+    held = await claimed(store)  # of the one that never was nothing is to be done
+    assert [(item.chunks_max, item.payload) for item in held.values()] == [(3, {"existed": True})]
+    await land(store, held.values(), 0)
+    assert await accept(store, uuid, "a", "new") == {"a": 3, "new": 1}
+    assert {item.chunks_max for item in (await claimed(store)).values()} == {0}
 
 
-async def test_an_interrupted_delete_is_finished_by_repeating_it(store: Store):
+async def test_an_interrupted_delete_is_finished_by_what_comes_next(store: Store):
     uuid = await made(store)
-    await store.begin_documents(op(), uuid, writes(("a", 3)))
-    await store.delete_documents(op(), uuid, ["a"])  # and never settled
-    assert await store.delete_documents(op(), uuid, ["a"]) == [
-        DocumentVersion("a", 3, 3, existed=False)
-    ]
-
-
-async def test_an_interrupted_delete_is_cleaned_up_by_the_next_write(store: Store):
-    uuid = await made(store)
-    await store.begin_documents(op(), uuid, writes(("a", 3)))
-    await store.delete_documents(op(), uuid, ["a"])
-    assert await store.begin_documents(op(), uuid, writes(("a", 1))) == [
-        DocumentVersion("a", 3, 3, existed=False)
-    ]
+    await accept(store, uuid, "a", "b")
+    await begin_to_land(store, (await claimed(store)).values(), 3)
+    await land(store, (await claimed(store)).values(), 3)
+    await accept(store, uuid, "a", "b", task="delete")
+    await claimed(store)  # and it was never done
+    await accept(store, uuid, "a", task="delete")
+    await accept(store, uuid, "b")
+    held = await claimed(store)
+    assert held["a", 3].payload == {"existed": False}
+    assert {item.chunks_max for item in held.values()} == {3}
 
 
 async def test_thousands_of_documents_in_one_call(store: Store):
     uuid = await made(store)
     names = [f"document-{n}" for n in range(2500)]
     for generation in (1, 2):
-        begun = await store.begin_documents(op(), uuid, writes(*((name, 2) for name in names)))
-        assert [version.document for version in begun] == names
-        assert {version.generation for version in begun} == {generation}
-    await store.settle_documents(uuid, [(name, 2, 1) for name in names])
-    gone = await store.delete_documents(op(), uuid, names)
-    assert {(version.generation, version.chunks_max) for version in gone} == {(3, 1)}
+        assert await accept(store, uuid, *names) == dict.fromkeys(names, generation)
+    assert await accept(store, uuid, *names, task="delete") == dict.fromkeys(names, 3)
     epoch = await store.take_epoch("w", 1)
     assert await store.superseded("w", epoch, uuid, dict.fromkeys(names, 2)) == set(names)
 
@@ -221,9 +239,8 @@ async def test_thousands_of_documents_in_one_call(store: Store):
 async def test_names_are_data(store: Store):
     uuid = await made(store)
     odd = ["", "'; DROP TABLE documents; --", "%", "ä", "Ä", "日本語", "a\nb", "A", "a"]
-    await store.begin_documents(op(), uuid, writes(*((name, 1) for name in odd)))
-    versions = await store.delete_documents(op(), uuid, odd)
-    assert [(each.document, each.generation) for each in versions] == [(name, 2) for name in odd]
+    await accept(store, uuid, *odd)
+    assert await accept(store, uuid, *odd, task="delete") == dict.fromkeys(odd, 2)
 
 
 # Fence
@@ -255,9 +272,9 @@ async def test_only_the_latest_epoch_may_ask_what_is_superseded(store: Store):
 async def test_superseded_are_those_with_a_newer_generation(store: Store):
     uuid = await made(store)
     epoch = await store.take_epoch("w", 1)
-    await store.begin_documents(op(), uuid, writes(("written", 1), ("same", 1), ("deleted", 1)))
-    await store.begin_documents(op(), uuid, writes(("written", 1)))
-    await store.delete_documents(op(), uuid, ["deleted"])
+    await accept(store, uuid, "written", "same", "deleted")
+    await accept(store, uuid, "written")
+    await accept(store, uuid, "deleted", task="delete")
     asked = {"written": 1, "same": 1, "deleted": 1, "unknown": 1}
     assert await store.superseded("w", epoch, uuid, asked) == {"written", "deleted"}
 
@@ -265,7 +282,7 @@ async def test_superseded_are_those_with_a_newer_generation(store: Store):
 async def test_more_documents_than_a_statement_takes_values(store: Store):
     uuid = await made(store)
     epoch = await store.take_epoch("w", 1)
-    await store.begin_documents(op(), uuid, writes(("n39999", 1), ("n0", 1)))
+    await accept(store, uuid, "n39999", "n0")
     asked = {f"n{n}": 0 for n in range(40_000)}  # SQLite takes 32,766, Postgres 65,535
     assert await store.superseded("w", epoch, uuid, asked) == {"n0", "n39999"}
 
@@ -274,7 +291,7 @@ async def test_everything_is_superseded_when_the_collection_is_gone(store: Store
     gone = collection("docs")
     epoch = await store.take_epoch("w", 1)
     await store.create_collection(op(), gone)
-    await store.begin_documents(op(), gone.uuid, writes(("a", 1)))
+    await accept(store, gone.uuid, "a")
     await store.delete_collection(op(), "acme", "docs")
     asked = {"a": 1, "b": 9}
     assert await store.superseded("w", epoch, gone.uuid, asked) == {"a", "b"}
@@ -293,15 +310,11 @@ async def test_a_repeated_operation_returns_the_first_result(store: Store):
     repeated = op()
     for _ in range(2):
         assert await store.create_collection(repeated, docs) == docs
-    repeated = op()
-    begun = [DocumentVersion("a", 1, 2, existed=False), DocumentVersion("b", 1, 1, existed=False)]
+    repeated, handed = op(), job(docs.uuid)
     for _ in range(2):
-        assert await store.begin_documents(repeated, docs.uuid, writes(("a", 2), ("b", 1))) == begun
-    repeated = op()
-    for _ in range(2):
-        assert await store.delete_documents(repeated, docs.uuid, ["a"]) == [
-            DocumentVersion("a", 2, 2)
-        ]
+        accepted = await store.submit_job(repeated, handed, units("a", "b"))
+        assert (accepted.job.id, accepted.job.total) == (handed.id, 2)
+    assert await accept(store, docs.uuid, "a") == {"a": 2}
     repeated = op()
     for _ in range(2):
         assert await store.delete_collection(repeated, "acme", "docs") == docs
@@ -312,40 +325,35 @@ async def test_a_repeated_operation_returns_the_first_result(store: Store):
 
 async def test_concurrent_repeats_act_once(store: Store):
     uuid = await made(store)
-    repeated = op()
+    repeated, handed = op(), job(uuid)
     results = await asyncio.gather(
-        *(store.begin_documents(repeated, uuid, writes(("a", 2))) for _ in range(50))
+        *(store.submit_job(repeated, handed, units("a")) for _ in range(50))
     )
-    assert results == [[DocumentVersion("a", 1, 2, existed=False)]] * 50
-    (version,) = await store.begin_documents(op(), uuid, writes(("a", 1)))
-    assert version.generation == 2
+    assert {accepted.job.id for accepted in results} == {handed.id}
+    assert await accept(store, uuid, "a") == {"a": 2}
 
 
 async def test_an_operation_belongs_to_one_method(store: Store):
     uuid = await made(store)
     used = op()
-    await store.begin_documents(used, uuid, writes(("a", 1)))
+    await store.submit_job(used, job(uuid), units("a"))
     with pytest.raises(Conflict) as caught:
-        await store.delete_documents(used, uuid, ["a"])
+        await store.delete_collection(used, "acme", "docs")
     assert caught.value.param == "op"
-    (version,) = await store.begin_documents(op(), uuid, writes(("a", 1)))
-    assert version == DocumentVersion("a", 2, 1)
+    assert await accept(store, uuid, "a") == {"a": 2}
 
 
 async def test_a_failed_operation_may_be_tried_again(store: Store):
     docs = collection("docs")
-    repeated = op()
+    repeated, handed = op(), job(docs.uuid)
     with pytest.raises(NotFound):
-        await store.begin_documents(repeated, docs.uuid, writes(("a", 1)))
+        await store.submit_job(repeated, handed, units("a"))
     await store.create_collection(op(), docs)
-    (version,) = await store.begin_documents(repeated, docs.uuid, writes(("a", 1)))
-    assert version.generation == 1
+    accepted = await store.submit_job(repeated, handed, units("a"))
+    assert accepted.job.total == 1
 
 
 async def test_concurrent_writes_of_one_document_get_different_generations(store: Store):
     uuid = await made(store)
-    results = await asyncio.gather(
-        *(store.begin_documents(op(), uuid, writes(("a", n + 1))) for n in range(40))
-    )
-    assert sorted(version.generation for (version,) in results) == list(range(1, 41))
-    assert max(version.chunks_max for (version,) in results) == 40
+    results = await asyncio.gather(*(accept(store, uuid, "a") for _ in range(40)))
+    assert sorted(given["a"] for given in results) == list(range(1, 41))

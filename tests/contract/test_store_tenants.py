@@ -448,6 +448,6 @@ async def test_usage_is_forgotten_after_thirteen_months(store: Store, clock: Any
     months = ["2024-12", "2025-09", "2025-10", "2025-12", "2026-11"]
     await store.report_usage("s", [used(month=month) for month in months])
     clock.advance(HOUR_S)
-    await store.find_tenant("acme")
+    await store.tick()
     kept = [month for month in months if await store.month_usage("acme", month)]
     assert kept == ["2025-10", "2025-12", "2026-11"]

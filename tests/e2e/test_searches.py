@@ -39,7 +39,7 @@ def test_quoted_searches_find_what_the_readme_says(served, source):
         name = f"quoted-{source}"
         client.post("/v1/collections", json={"name": name}).raise_for_status()
         body = {"documents": part(source, list(quoted.values()))}
-        written = client.post(f"/v1/collections/{name}/documents", json=body)
+        written = client.post(f"/v1/collections/{name}/documents?wait=indexed", json=body)
         assert written.status_code == 200, written.text
         for query, answer in quoted.items():
             found = client.post(

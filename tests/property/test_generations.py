@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.jobs import catalog, generations, schema
+from serve.jobs.generations import Landed
 from serve.records import Collection, DocumentWrite
 
 
@@ -77,11 +78,12 @@ class Index:
 
 
 def begin(conn: sa.Connection, step: Step) -> tuple[int, int]:
+    there = generations.known(conn, COLLECTION.uuid, [step.document])
     if step.kind == "write":
         write = DocumentWrite(step.document, step.chunks)
-        (version,) = generations.begin(conn, COLLECTION.uuid, [write], 1.0)
+        (version,) = generations.begin(conn, COLLECTION.uuid, [write], there, 1.0)
     else:
-        (version,) = generations.delete(conn, COLLECTION.uuid, [step.document], 1.0)
+        (version,) = generations.delete(conn, COLLECTION.uuid, [step.document], there, 1.0)
     return version.generation, version.chunks_max
 
 
@@ -108,10 +110,10 @@ def test_the_bound_covers_the_index_and_generations_rise(engine: sa.Engine, step
                 index.clean(step.document, chunks, chunks_max)
                 assert index.held[step.document] == set(range(chunks))
             if step.late:  # a settle of the generation before must change nothing
-                stale = (step.document, generation - 1, 0)
+                stale = Landed(step.document, generation - 1, 0)
                 generations.settle(conn, COLLECTION.uuid, [stale], 1.0)
             if step.reach == "settled":
-                done = (step.document, generation, chunks)
+                done = Landed(step.document, generation, chunks)
                 generations.settle(conn, COLLECTION.uuid, [done], 1.0)
 
 
@@ -123,12 +125,14 @@ NAMES = st.lists(st.text(max_size=4), unique=True, max_size=12)
 def test_one_call_for_many_is_many_calls_for_one(engine: sa.Engine, first, second, gone):
     def play(conn: sa.Connection, *, apart: bool) -> list[tuple[str, int, int, bool]]:
         told = []
-        for act, names in ((generations.begin, first), (generations.begin, second)):
-            writes = [DocumentWrite(name, len(name) + 1) for name in names]
-            for call in [[write] for write in writes] if apart else [writes]:
-                told.extend(act(conn, COLLECTION.uuid, call, 1.0))
-        for names in [[name] for name in gone] if apart else [gone]:
-            told.extend(generations.delete(conn, COLLECTION.uuid, names, 1.0))
+        for names in (first, second):
+            for call in [[name] for name in names] if apart else [names]:
+                there = generations.known(conn, COLLECTION.uuid, call)
+                writes = [DocumentWrite(name, len(name) + 1) for name in call]
+                told.extend(generations.begin(conn, COLLECTION.uuid, writes, there, 1.0))
+        for call in [[name] for name in gone] if apart else [gone]:
+            there = generations.known(conn, COLLECTION.uuid, call)
+            told.extend(generations.delete(conn, COLLECTION.uuid, call, there, 1.0))
         return told
 
     with fresh(engine) as conn:

@@ -55,13 +55,14 @@ def test_it_sends_what_the_service_takes():
     with Client(
         "http://service", "hr_key", sleep=Sleeps(), transport=httpx.MockTransport(answer)
     ) as one:
-        one.write("a b", [Document("id", "text", {"k": 1})])
+        one.write("a b", [Document("id", "text", {"k": 1})], "batch-1")
         one.search("c", "query", 3, {"k": 1})
     assert [str(request.url) for request in seen] == [
-        "http://service/v1/collections/a%20b/documents",
+        "http://service/v1/collections/a%20b/documents?wait=indexed",
         "http://service/v1/collections/c/search",
     ]
     assert seen[0].headers["authorization"] == "Bearer hr_key"
+    assert seen[0].headers["idempotency-key"] == "batch-1"
     assert seen[0].content == b'{"documents":[{"id":"id","text":"text","metadata":{"k":1}}]}'
     assert seen[1].content == b'{"text":"query","top_k":3,"filter":{"k":1}}'
 

@@ -162,3 +162,8 @@ def test_settings_cannot_be_changed():
 
 def test_settings_survive_json():
     assert Settings.model_validate_json(Settings().model_dump_json()) == Settings()
+
+
+def test_deliveries_that_are_sent_at_once_have_a_connection_each():
+    with pytest.raises(ValidationError, match=r"webhooks\.sends_max"):
+        Settings.model_validate({"webhooks": {"sends_max": 3}, "egress": {"connections_max": 2}})

@@ -12,6 +12,8 @@ class Leaf(BaseModel):
     size_bytes: int = Field(2048, ge=1, lt=10**6, description="How much | how big.")
     word: Literal["a", "b"] = Field(description="Which.")
     off: bool = Field(default=False, description="Whether.")
+    either: tuple[int, ...] = Field((443, 8443), max_length=2, description="Some.")
+    neither: tuple[str, ...] = Field((), description="Perhaps.")
     most: int | None = Field(None, ge=1, description="If any.")
 
 
@@ -32,6 +34,8 @@ def test_a_row_shows_type_default_bounds_and_text():
     assert "| `size_bytes` | integer | 2_048 | ≥ 1, < 1_000_000 | How much \\| how big. |" in page
     assert "| `word` | `a` or `b` | required |  | Which. |" in page
     assert "| `most` | integer | none | ≥ 1 | If any. |" in page
+    assert "| `either` | list of integer | 443, 8443 | elements ≤ 2 | Some. |" in page
+    assert "| `neither` | list of string | empty |  | Perhaps. |" in page
     assert "| `off` | boolean | false |  | Whether. |" in page
     assert "| `label` | string | empty | matches `^x*$` | What it is called. |" in page
 

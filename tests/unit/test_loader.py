@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from deployments.client import Problem, Unreachable
-from deployments.loader import ROUNDS_MAX, Loader, batches
+from deployments.loader import FOLLOWS_MAX, REQUESTS_MAX, ROUNDS_MAX, Loader, batches
 from serve.content.documents import Document
 
 
@@ -30,21 +30,31 @@ def failed(name: str, status: int) -> dict[str, Any]:
     return {"id": name, "status": "failed", "generation": 1, "chunks": 0, "error": error}
 
 
+def accepted(names: list[str], **statuses: str) -> dict[str, Any]:
+    """A receipt for a job that goes on; `statuses` of what is known already."""
+    data = [{"id": name, "status": statuses.get(name, "accepted"), "chunks": 2} for name in names]
+    return {"object": "receipt", "job": "job_7", "level": "accepted", "data": data}
+
+
 class Service:
     """A client whose `write` gives what `decide` says for one document, or raises it."""
 
     def __init__(self, decide: Callable[[list[str]], Any]) -> None:
         self.decide = decide
         self.calls: list[list[str]] = []
+        self.keys: list[str] = []
         self.pauses: list[float] = []
 
-    def write(self, collection: str, documents: Sequence[Document]) -> dict[str, Any]:
+    def write(self, collection: str, documents: Sequence[Document], key: str) -> dict[str, Any]:
         names = [one.id for one in documents]
         self.calls.append(names)
+        self.keys.append(key)
         decided = self.decide(names)
         if isinstance(decided, Exception):
             raise decided
-        return {"data": decided, "usage": {"total_tokens": 10 * len(names)}}
+        if isinstance(decided, dict):
+            return decided
+        return {"object": "list", "data": decided, "usage": {"total_tokens": 10 * len(names)}}
 
     def pause(self, seconds: float) -> None:
         self.pauses.append(seconds)
@@ -96,41 +106,51 @@ def test_a_request_above_the_quota_is_halved():
     assert service.calls[1:] == [["a", "b"], ["c", "d"]]
 
 
-def test_documents_with_a_passing_fault_are_sent_again():
-    tries: dict[str, int] = {}
+def test_a_job_is_followed_to_its_end_by_the_same_request():
+    answers: list[Any] = [accepted(["a", "b"]), accepted(["a", "b"], a="indexed")]
+    one, service = loader(
+        lambda names: answers.pop(0) if answers else [indexed(name) for name in names]
+    )
+    assert one.land(docs("a", "b")).indexed == 2
+    assert service.calls == [["a", "b"]] * 3
+    assert len(set(service.keys)) == 1
+    assert one.land(docs("c")).indexed == 1
+    assert len(set(service.keys)) == 2
 
-    def decide(names: list[str]) -> list[dict[str, Any]]:
-        for name in names:
-            tries[name] = tries.get(name, 0) + 1
-        return [
-            failed(name, 503) if name == "b" and tries[name] < 3 else indexed(name)
+
+def test_a_job_is_not_followed_for_ever():
+    one, service = loader(lambda names: accepted(names, a="indexed"))
+    summary = one.land(docs("a", "b"))
+    assert (summary.indexed, summary.chunks) == (1, 2)
+    assert summary.failed == [("b", "accepted, but not indexed yet: job job_7 goes on")]
+    assert len(service.calls) == 1 + FOLLOWS_MAX
+
+
+def test_a_receipt_that_knows_of_no_document_is_an_outcome():
+    one, _ = loader(lambda names: {"object": "receipt", "job": "job_7", "level": "accepted"})
+    assert [name for name, _ in one.land(docs("a", "b")).failed] == ["a", "b"]
+
+
+def test_what_was_there_before_is_counted():
+    one, _ = loader(
+        lambda names: [
+            indexed(name) | ({"status": "unchanged", "chunks": 0} if name == "a" else {})
             for name in names
         ]
-
-    one, service = loader(decide)
-    summary = one.land(docs("a", "b", "c"))
-    assert (summary.indexed, summary.failed) == (3, [])
-    assert service.calls == [["a", "b", "c"], ["b"], ["b"]]
-    assert service.pauses == [1, 2]
+    )
+    summary = one.land(docs("a", "b"))
+    assert (summary.indexed, summary.unchanged, summary.chunks) == (2, 1, 2)
 
 
-def test_documents_are_not_sent_again_for_ever():
-    one, service = loader(lambda names: [failed(name, 503) for name in names])
-    assert one.land(docs("a")).failed == [("a", "A reason. (word)")]
-    assert len(service.calls) == 1 + ROUNDS_MAX
+def test_a_cancelled_document_failed():
+    one, _ = loader(lambda names: [indexed(name) | {"status": "cancelled"} for name in names])
+    assert one.land(docs("a")).failed == [("a", "its job was cancelled")]
 
 
 def test_a_document_refused_for_good_is_sent_once():
     one, service = loader(lambda names: [failed(name, 422) for name in names])
     assert one.land(docs("a")).failed == [("a", "A reason. (word)")]
     assert len(service.calls) == 1
-
-
-def test_a_slow_request_is_halved_a_bounded_number_of_times():
-    one, service = loader(lambda names: refused(504))
-    summary = one.land(docs(*"abcdefghijklmnop"))
-    assert len(summary.failed) == 16
-    assert len(service.calls) == 1 + 2 + 4 + 8
 
 
 def test_a_fault_of_the_service_is_tried_again_as_a_whole():
@@ -140,6 +160,13 @@ def test_a_fault_of_the_service_is_tried_again_as_a_whole():
     )
     assert one.land(docs("a", "b")).indexed == 2
     assert (len(service.calls), service.pauses) == (3, [1, 2])
+
+
+def test_a_fault_of_the_service_is_not_tried_for_ever():
+    one, service = loader(lambda names: refused(500))
+    summary = one.land(docs("a", "b"))
+    assert [name for name, _ in summary.failed] == ["a", "b"]
+    assert len(service.calls) == 1 + ROUNDS_MAX
 
 
 @pytest.mark.parametrize(
@@ -152,7 +179,7 @@ def test_what_no_batch_can_pass_ends_it(error):
     summary = one.load((docs(name) for name in "abcdefgh"), lambda _count: None)
     assert summary.stopped is error
     assert summary.seen == summary.indexed == 1
-    assert len(service.calls) <= 4
+    assert len(service.calls) <= 2 * REQUESTS_MAX
 
 
 def test_an_interrupt_finishes_what_is_in_flight():
@@ -164,3 +191,18 @@ def test_an_interrupt_finishes_what_is_in_flight():
     summary = one.load(work(), lambda _count: None)
     assert summary.indexed == 1
     assert isinstance(summary.stopped, KeyboardInterrupt)
+
+
+def test_an_interrupt_ends_the_waiting():
+    def work():
+        yield docs("a")
+        raise KeyboardInterrupt
+
+    def decide(names: list[str]) -> dict[str, Any]:
+        one._interrupted.wait()
+        return accepted(names)
+
+    one, service = loader(decide)
+    summary = one.load(work(), lambda _count: None)
+    assert summary.failed == [("a", "accepted, but not indexed yet: job job_7 goes on")]
+    assert len(service.calls) == 1

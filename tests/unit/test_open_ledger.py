@@ -3,7 +3,7 @@
 import pytest
 
 from deployments.handles import LedgerPort
-from deployments.ingress import open_ledger
+from deployments.quotas import open_ledger
 from serve.admission.redis import RedisLedger
 from serve.config import Ledger, Settings
 

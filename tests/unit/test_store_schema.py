@@ -5,7 +5,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.schema import CreateIndex, CreateTable
 
-from serve.jobs import schema
+from serve.jobs import schema, tables
 
 
 DIALECTS = pytest.mark.parametrize("dialect", [sqlite.dialect(), postgresql.dialect()])
@@ -19,7 +19,7 @@ def test_every_table_compiles(dialect: sa.Dialect):
 
 @DIALECTS
 def test_only_live_names_are_unique(dialect: sa.Dialect):
-    (index,) = (each for each in schema.collections.indexes if each.unique)
+    (index,) = (each for each in tables.collections.indexes if each.unique)
     text = str(CreateIndex(index).compile(dialect=dialect))
     assert "UNIQUE" in text
     assert "(tenant, name) WHERE deleted_at IS NULL" in text

@@ -10,7 +10,8 @@ import pytest
 from serve.admission.accounts import Rate
 from serve.config import Ledger
 from serve.errors import StoreUnavailable
-from serve.flows.usage import ANSWERS_MAX, KEPT_S, UsageFlow, Waiting
+from serve.flows.kept import ANSWERS_MAX
+from serve.flows.usage import KEPT_S, UsageFlow, Waiting
 from serve.grants import Limit
 from serve.records import Caller, QueuePlace, QueueReport, UsageRow
 

@@ -1,0 +1,79 @@
+"""Server-sent events: streams that end by themselves, and hold a place of their tenant's meanwhile.
+
+FastAPI brings the wire form; `sse-starlette` would patch the server class on import and poll for its
+shutdown, which it cannot see in a Ray replica.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractContextManager, aclosing, suppress
+from typing import Any
+
+import orjson
+from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+
+HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
+
+RETRY_MS = 2000
+"""When a reader whose connection ended comes again."""
+
+STUCK_S = 15.0
+"""How long after its end a stream may wait for a reader that takes nothing."""
+
+PING = KEEPALIVE_COMMENT
+
+Responses = dict[int | str, dict[str, Any]]
+
+_EVENT = {
+    "type": "object",
+    "description": "One event; the data is JSON.",
+    "required": ["event", "data"],
+    "properties": {
+        "event": {"type": "string"},
+        "data": {"type": "string"},
+        "id": {"type": "string"},
+        "retry": {"type": "integer"},
+    },
+}
+STREAMED: Responses = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
+"""`responses` of a route that streams events."""
+
+
+class EventStream(StreamingResponse):
+    """Sends what `messages` yields until its end. `place` is held meanwhile.
+
+    `messages` is told when to end, on the loop's clock, which is what `place` yields. What `place`
+    raises is answered as any other failure.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        place: AbstractContextManager[float],
+        messages: Callable[[float], AsyncGenerator[bytes, None]],
+    ) -> None:
+        super().__init__((), headers=HEADERS)
+        self._place = place
+        self._messages = messages
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        with self._place as until, suppress(TimeoutError):
+            async with aclosing(self._messages(until)) as messages:
+                self.body_iterator = messages
+                async with asyncio.timeout_at(until + STUCK_S):
+                    await super().__call__(scope, receive, send)
+
+
+def message(kind: str, data: Any, number: int | None = None, *, first: bool = False) -> bytes:
+    """One event; `number` is where a reader resumes, `first` tells it when to come again."""
+    return format_sse_event(
+        event=kind,
+        data_str=orjson.dumps(data).decode(),
+        id=None if number is None else str(number),
+        retry=RETRY_MS if first else None,
+    )

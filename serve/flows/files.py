@@ -1,0 +1,165 @@
+"""`/v1/files`: what tenants upload for batches, and what batches write for them."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+
+from serve import config
+from serve.admission.quotas import Permit
+from serve.content.blobs import LocalBlobs
+from serve.errors import BadInput, NotFound, ServiceError
+from serve.flows.context import Context, new_op
+from serve.flows.sheet import input_blob
+from serve.items import Accepted, FileRoom, Job, NewItem, Once, Order, StoredFile, new_id
+from serve.job_ports import Files, Jobs
+from serve.records import Caller
+
+
+FILENAME_CHARS_MAX = 255
+
+EXPIRED = 100
+"""Expired files removed at once."""
+
+ORPHAN_S = 2 * 86_400.0
+"""Bytes that outlive every file, or every batch (which has a day), by this are nobody's."""
+
+log = logging.getLogger("headrace.files")
+
+
+class FileFlow:
+    """Files of the caller's tenant. An upload counts as a request at class `bulk`."""
+
+    def __init__(self, context: Context, files: Files, blobs: LocalBlobs) -> None:
+        self._rules = context.settings.files
+        self._quotas = context.quotas
+        self._wall = context.wall
+        self._files = files
+        self._blobs = blobs
+
+    def charged(self, caller: Caller) -> AbstractAsyncContextManager[Permit]:
+        """Around an upload, before its body is read. Raises QuotaExceeded."""
+        return self._quotas.admitted(caller, "bulk", tokens=0, param="file")
+
+    async def upload(
+        self,
+        caller: Caller,
+        filename: str,
+        pieces: AsyncIterable[bytes],
+        *,
+        expires_s: float | None = None,
+    ) -> StoredFile:
+        """Keep a file for batches, for `expires_s` or as long as we keep any.
+
+        Raises TooLarge, BadInput (empty), QuotaExceeded (files or bytes of the tenant),
+        StoreUnavailable.
+        """
+        now = self._wall()
+        file_id = new_id("file", now).replace("_", "-")
+        put = await self._blobs.put(file_id, pieces, bytes_max=self._rules.bytes_max)
+        file = StoredFile(
+            id=file_id,
+            tenant=caller.tenant,
+            purpose="batch",
+            filename=_shown(filename),
+            size=put.size,
+            sha256=put.sha256,
+            created_at=now,
+            expires_at=now + min(expires_s or self._rules.kept_s, self._rules.kept_s),
+        )
+        room = FileRoom(self._rules.tenant_files_max, self._rules.tenant_bytes_max)
+        try:
+            if not put.size:
+                raise BadInput("The file is empty.", param="file")
+            return await self._files.create_file(new_op(), file, room)
+        except ServiceError:
+            await self._blobs.delete(file_id)
+            raise
+
+    async def find(self, caller: Caller, file_id: str, *, param: str = "file_id") -> StoredFile:
+        """Raises NotFound, also for another tenant's."""
+        file = await self._files.find_file(caller.tenant, file_id)
+        if file is None:
+            raise NotFound(f"You have no file {file_id[:128]!r}.", param=param)
+        return file
+
+    async def list(
+        self, caller: Caller, *, purpose: str | None, order: Order, after: str, limit: int
+    ) -> Sequence[StoredFile]:
+        """Up to `limit` files by age, those behind the file `after`. Raises NotFound for that one."""
+        return await self._files.list_files(caller.tenant, purpose, order, after, limit)
+
+    async def content(
+        self, caller: Caller, file_id: str
+    ) -> tuple[StoredFile, AsyncIterator[bytes]]:
+        """A file and its bytes. Raises NotFound."""
+        file = await self.find(caller, file_id)
+        return file, self._blobs.stream(file.id)
+
+    async def hand_over(
+        self, file: StoredFile, job: Job, once: Once | None, *, jobs: Jobs
+    ) -> Accepted:
+        """Accept a job whose items stand in a file: a worker reads it, and checks every line first.
+
+        The job has the file's bytes under a name of its own, so that the file may be deleted.
+        Raises what `Jobs.submit_job` raises.
+        """
+        await self._blobs.copy(file.id, input_blob(job.id))
+        expand = NewItem("expand", "expand", "prepare", 1.0, {})
+        try:
+            accepted = await jobs.submit_job(new_op(), job, [expand], once)
+        except ServiceError as error:
+            if not error.retryable:  # else it may have been accepted all the same
+                await self._blobs.delete_all(job.id)
+            raise
+        if accepted.replayed:
+            await self._blobs.delete_all(job.id)
+        return accepted
+
+    async def delete(self, caller: Caller, file_id: str) -> None:
+        """Forget a file and its bytes; a batch that was made from it goes on. Raises NotFound."""
+        if not await self._files.delete_file(new_op(), caller.tenant, file_id):
+            raise NotFound(f"You have no file {file_id[:128]!r}.", param="file_id")
+        await self._blobs.delete(file_id)
+
+
+class Tidy:
+    """Removes files whose time is over, and bytes that nobody knows of. Any worker may do so."""
+
+    def __init__(
+        self,
+        files: Files,
+        blobs: LocalBlobs,
+        rules: config.Files,
+        wall: Callable[[], float],
+    ) -> None:
+        """`wall` gives epoch seconds."""
+        self._files = files
+        self._blobs = blobs
+        self._rules = rules
+        self._wall = wall
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            try:
+                await self.once()
+            except ServiceError as error:
+                log.warning("cannot remove expired files: %s", error)
+            await asyncio.sleep(self._rules.tidy_s)
+
+    async def once(self) -> None:
+        """Bytes go first: a file without them is removed by the next round, if this one fails."""
+        while gone := await self._files.expired_files(EXPIRED):
+            for file in gone:
+                await self._blobs.delete(file.id)
+                await self._files.delete_file(new_op(), file.tenant, file.id)
+        now = self._wall()
+        count = await self._blobs.sweep(now - self._rules.kept_s - ORPHAN_S, now - ORPHAN_S)
+        if count:
+            log.info("removed %d blobs that nobody needs any more", count)
+
+
+def _shown(filename: str) -> str:
+    """As it is shown again: on one line, and not too long."""
+    return "".join(char for char in filename if char.isprintable())[:FILENAME_CHARS_MAX] or "file"

@@ -1,0 +1,275 @@
+"""Statements of `job_ports.Jobs` and `job_ports.Events` about what was handed over already: find, list, change,
+retry, count. All but `events` are scoped to one tenant.
+"""
+
+from collections.abc import Sequence
+
+import sqlalchemy as sa
+
+from serve.errors import Conflict, NotFound
+from serve.items import (
+    ENDS,
+    STAGES,
+    Change,
+    Event,
+    ItemState,
+    ItemView,
+    Job,
+    JobState,
+    JobView,
+    Kind,
+    Replay,
+    StageCount,
+    Stats,
+)
+from serve.jobs import progress
+from serve.jobs.book import JOBS, Book, Delta, Sums, job_of, read
+from serve.jobs.job_tables import IS_UNIT, JOB_IS_OPEN, items, job_events, job_totals, jobs
+from serve.records import KLASSES
+
+
+PURGE_JOBS = 200
+"""Ended jobs forgotten at once, when they are small."""
+
+_OF_THE_END = ("completed", "completed_with_errors", "failed", "finalizing")
+
+_VIEW = sa.select(
+    *(items.c[name] for name in ("job", "seq", "name", "task", "stage", "state", "attempts")),
+    *(items.c[name] for name in ("updated_at", "run_at", "generation", "tokens", "result")),
+    *(items.c[name] for name in ("error_kind", "error_code", "error_text")),
+)
+_COUNTS = (
+    sa.select(items.c.stage, items.c.state, sa.func.count())
+    .where(items.c.job == sa.bindparam("job"), IS_UNIT)
+    .group_by(items.c.stage, items.c.state)
+    .order_by(items.c.stage, items.c.state)
+)
+_EVENT = sa.select(
+    *(job_events.c[name] for name in ("number", "job", "tenant", "at", "type", "data"))
+)
+_EVENTS = (
+    _EVENT.where(job_events.c.number > sa.bindparam("after"))
+    .order_by(job_events.c.number)
+    .limit(sa.bindparam("most"))
+)
+_LAST_EVENT = sa.select(sa.func.max(job_events.c.number))
+_IS_DEAD = items.c.state == sa.literal_column("'dead'")
+_FINISH = sa.delete(items).where(
+    items.c.job == sa.bindparam("_job"), items.c.seq == progress.FINISH_SEQ
+)
+_OPEN_JOBS = sa.select(jobs.c.id).where(
+    jobs.c.tenant == sa.bindparam("tenant"), jobs.c.klass.in_(KLASSES), sa.text(JOB_IS_OPEN)
+)
+_OF_OPEN_JOBS = (
+    sa.select(items.c.stage, items.c.state, sa.func.count())
+    .where(items.c.job.in_(_OPEN_JOBS), items.c.stage.in_(STAGES), IS_UNIT)
+    .group_by(items.c.stage, items.c.state)
+)
+_ENDED = sa.select(
+    *(job_totals.c[name] for name in ("total", "done", "skipped", "dead", "cancelled"))
+).where(job_totals.c.tenant == sa.bindparam("tenant"))
+_OVER = (
+    sa.select(jobs.c.id)
+    .where(
+        sa.text(JOB_IS_OPEN),
+        jobs.c.expires_at <= sa.bindparam("now"),
+        jobs.c.state.not_in(("cancelling", "finalizing")),
+    )
+    .order_by(jobs.c.expires_at)
+    .limit(sa.bindparam("most"))
+)
+_OLD = (
+    JOBS.where(jobs.c.finished_at < sa.bindparam("before"))
+    .order_by(jobs.c.finished_at)
+    .limit(PURGE_JOBS)
+    .with_for_update(skip_locked=True)
+)
+
+
+def find(conn: sa.Connection, tenant: str, job: str) -> JobView | None:
+    """One job with its counts by stage."""
+    found = read(conn, [job]).get(job)
+    if found is None or found.tenant != tenant:
+        return None
+    counts = [StageCount(*row) for row in conn.execute(_COUNTS, {"job": job})]
+    return JobView(found, counts)
+
+
+def listed(
+    conn: sa.Connection,
+    tenant: str,
+    *,
+    kind: Kind | None,
+    states: Sequence[JobState],
+    after: str,
+    limit: int,
+) -> list[Job]:
+    """The tenant's jobs, newest first: ids sort by time."""
+    some = JOBS.where(jobs.c.tenant == tenant).order_by(jobs.c.id.desc()).limit(limit)
+    if kind is not None:
+        some = some.where(jobs.c.kind == kind)
+    if states:
+        some = some.where(jobs.c.state.in_(list(states)))
+    if after:
+        some = some.where(jobs.c.id < after)
+    return [job_of(row) for row in conn.execute(some)]
+
+
+def list_items(
+    conn: sa.Connection,
+    tenant: str,
+    job: str,
+    *,
+    states: Sequence[ItemState],
+    after: int,
+    limit: int,
+) -> list[ItemView]:
+    """A job's items by number, above `after`; none of another tenant's job."""
+    mine = sa.select(jobs.c.id).where(jobs.c.id == job, jobs.c.tenant == tenant)
+    if conn.execute(mine).first() is None:
+        return []
+    some = (
+        _VIEW.where(items.c.job == job, items.c.seq > max(after, -1))
+        .order_by(items.c.seq)
+        .limit(limit)
+    )
+    if tuple(states) == ("dead",):
+        some = some.where(_IS_DEAD)  # they are few, and have an index of their own
+    elif states:
+        some = some.where(items.c.state.in_(list(states)))
+    return [ItemView(*row) for row in conn.execute(some)]
+
+
+def change(conn: sa.Connection, tenant: str, job_id: str, what: Change, now: float) -> Job:
+    """Cancel, pause or resume; a repeat changes nothing. Raises NotFound, Conflict (it has ended)."""
+    book = Book(conn, now)
+    job = _mine(book, tenant, job_id)
+    if job.ended:
+        raise Conflict(f"Job {job.id} has ended: it is {job.state}.", param="id", code="job_ended")
+    if what == "cancel":
+        if not progress.stopping(job):
+            progress.stop(book, job_id, "cancelling")
+    elif job.paused != (what == "pause"):
+        progress.pause(book, job_id) if what == "pause" else progress.resume(book, job_id)
+    book.close()
+    return book[job_id]
+
+
+def retry(conn: sa.Connection, tenant: str, job_id: str, replay: Replay, now: float) -> int:
+    """Dead items are ready again, their attempts forgotten; returns how many that are, or would be.
+
+    A write keeps its generation, so it never passes one that was accepted since. Raises NotFound,
+    Conflict (the job was stopped, or its time is over).
+    """
+    book = Book(conn, now)
+    job = _mine(book, tenant, job_id)
+    over = job.expires_at is not None and job.expires_at <= now
+    if over or any(why in job.times for why in progress.STOPS):
+        raise Conflict(
+            f"Job {job.id} was stopped: hand over a new one.", param="id", code="job_stopped"
+        )
+    dead = [items.c.job == job.id, _IS_DEAD, items.c.seq >= 0]
+    if replay.error_code is not None:
+        dead.append(items.c.error_code == replay.error_code)
+    if replay.seq is not None:
+        dead.append(items.c.seq == replay.seq)
+    sums = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(items.c.cost), 0.0))
+    count, cost = conn.execute(sums.where(*dead)).one()
+    if replay.dry_run or not count:
+        return int(count)
+    again = sa.update(items).where(*dead)
+    conn.execute(again.values(state="paused", attempts=0, crashes=0, updated_at=now))
+    book.count(job_id, Delta(dead=-count, cost=cost))
+    if job.ended or job.state == "finalizing":
+        # What was written of its output, or is being written, is not all of it any more.
+        conn.execute(_FINISH, {"_job": job_id})
+        times = {name: at for name, at in job.times.items() if name not in _OF_THE_END}
+        book.change(job_id, times=times)
+        progress.turn(book, job_id, "queued")
+    else:
+        book.progress(job_id)
+    progress.move(book, job_id)
+    book.close()
+    return int(count)
+
+
+def stats(conn: sa.Connection, tenant: str) -> Stats:
+    """The tenant's items by how far they are: those that have ended are summed already."""
+    mine = {"tenant": tenant}
+    row = conn.execute(_ENDED, mine).one_or_none()
+    if row is None:
+        return Stats()
+    total, done, skipped, dead, cancelled = row
+    at = {"uploaded": 0, "preparing": 0, "predicting": 0, "embedding": 0}
+    words = {"prepare": "preparing", "predict": "predicting", "embed": "embedding"}
+    for stage, state, count in conn.execute(_OF_OPEN_JOBS, mine):
+        if state not in ENDS:
+            # What waits for its first stage has only been handed over.
+            waits = stage == "prepare" and state != "leased"
+            at["uploaded" if waits else words[stage]] += count
+    return Stats(total, **at, ready=done + skipped, failed=dead, cancelled=cancelled)
+
+
+def events(conn: sa.Connection, after: int, limit: int) -> list[Event]:
+    """Events above number `after`, of all tenants; after -1 only the last one's number."""
+    if after < 0:
+        last = conn.execute(_LAST_EVENT).scalar_one_or_none()
+        return [Event(last or 0, "", "", 0.0, "", {})]
+    return [Event(*row) for row in conn.execute(_EVENTS, {"after": after, "most": limit})]
+
+
+def job_log(conn: sa.Connection, tenant: str, job: str, after: int, limit: int) -> list[Event]:
+    """A job's events above number `after`; none of another tenant's job."""
+    some = (
+        _EVENT.where(
+            job_events.c.job == job, job_events.c.tenant == tenant, job_events.c.number > after
+        )
+        .order_by(job_events.c.number)
+        .limit(limit)
+    )
+    return [Event(*row) for row in conn.execute(some)]
+
+
+def expire(conn: sa.Connection, now: float, rows_max: int) -> int:
+    """Stop open jobs whose time is over; returns how many.
+
+    One that stops already goes on so, and one of which only the output is missing gets it.
+    """
+    book = Book(conn, now)
+    found = conn.execute(_OVER, {"now": now, "most": rows_max}).scalars().all()
+    book.open(found, if_free=True)
+    room = progress.MOVE_ROWS
+    for job_id in found:
+        job = book.find(job_id)
+        if job is not None and not progress.stopping(job) and job.state != "finalizing":
+            room -= progress.stop(book, job_id, "expiring", room)
+    book.close()
+    return len(found)
+
+
+def purge(conn: sa.Connection, now: float, rows_max: int, *, kept_s: float) -> int:
+    """Forget jobs that ended so long ago, with items and events; returns how many rows."""
+    old = conn.execute(_OLD, {"before": now - kept_s}).all()
+    if not old:
+        return 0
+    ids = [row.id for row in old]
+    count = 0
+    for table, key in ((items, items.c.id), (job_events, job_events.c.number)):
+        some = sa.select(key).where(table.c.job.in_(ids)).limit(rows_max - count)
+        count += conn.execute(sa.delete(table).where(key.in_(some))).rowcount
+        if count >= rows_max:
+            return count  # there is more to do
+    conn.execute(sa.delete(jobs).where(jobs.c.id.in_(ids)))
+    sums = Sums()
+    for row in old:
+        sums.add(row, -1)
+    sums.write(conn)
+    return count + len(ids)
+
+
+def _mine(book: Book, tenant: str, job_id: str) -> Job:
+    book.open([job_id])
+    found = book.find(job_id)
+    if found is None or found.tenant != tenant:
+        raise NotFound(f"There is no job {job_id!r}.", param="id")
+    return found

@@ -1,0 +1,220 @@
+"""Works on items: claims them, gives them to the handler of their task, settles what became of them.
+
+Claims wait in the Store until there is something. What a worker holds is kept by a heartbeat of its
+own task, which a busy handler cannot block. When the Store is away nothing is lost: leases outlast
+short absences, and a settlement that comes too late is refused there.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from serve.config import Jobs, Worker
+from serve.errors import Internal, ServiceError
+from serve.items import Claim, Item, Settlement, Stage, Task
+from serve.job_ports import Queue
+from serve.jobs.faults import Retries, fault_of, settled
+
+
+Handler = Callable[[Sequence[Item], Claim], Awaitable[Sequence[Settlement]]]
+"""Works on items of one task and says what became of each. What it raises befalls all of them, but an
+error that would end them for good is believed only of one that was tried by itself.
+"""
+
+CLAIM_WAIT_S = 20.0
+"""How long a claim waits in the Store: an idle worker asks so often."""
+
+AWAY_S = 0.5
+"""Between two tries while the Store is away."""
+
+log = logging.getLogger("headrace.worker")
+
+
+@dataclass(slots=True)
+class Done:
+    """What a worker has done since it started."""
+
+    claimed: int = 0
+    settled: int = 0
+    lost: int = 0
+
+
+class Runner:
+    """One worker process: for each of its stages a few claims at once."""
+
+    def __init__(
+        self,
+        queue: Queue,
+        handlers: Mapping[Task, Handler],
+        *,
+        owner: str,
+        worker: Worker,
+        rules: Jobs,
+        retries: Retries,
+    ) -> None:
+        """`owner` is new with each process."""
+        self._queue = queue
+        self._handlers = handlers
+        self._owner = owner
+        self._worker = worker
+        self._rules = rules
+        self._retries = retries
+        self._held: dict[object, Claim] = {}
+        self._serving: list[asyncio.Task[None]] = []
+        self._turn = asyncio.Lock()
+        self._working = 0
+        self._rested = asyncio.Event()
+        self._leaving = asyncio.Event()
+        self._ended = asyncio.Event()
+        self.done = Done()
+
+    async def run(self) -> None:
+        """Work until `drain`, or until cancelled. Raises only on a fault of this code."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                beating = tasks.create_task(self._beat())
+                self._serving = [
+                    tasks.create_task(self._serve(stage))
+                    for stage in self._worker.stages
+                    for _ in range(self._worker.claims_max)
+                ]
+                await asyncio.wait(self._serving)
+                beating.cancel()
+        finally:
+            self._ended.set()
+
+    async def drain(self, wait_s: float) -> None:
+        """Claim no more, finish within `wait_s` what is held, give the rest back."""
+        self._leaving.set()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._ended.wait(), wait_s)
+        for task in self._serving:
+            task.cancel()
+        try:
+            await self._queue.leave(self._owner)
+        except ServiceError as error:
+            log.warning("could not say that the worker leaves: %s", error)
+
+    async def _serve(self, stage: Stage) -> None:
+        while not self._leaving.is_set():
+            claim = await self._claim(stage)
+            if not claim.items:
+                continue
+            self.done.claimed += len(claim.items)
+            token = object()
+            self._held[token] = claim
+            try:
+                await (self._work_alone(claim) if claim.alone else self._work_beside(claim))
+            finally:
+                del self._held[token]
+
+    async def _claim(self, stage: Stage) -> Claim:
+        """The next items, or none when the worker leaves or the Store is away."""
+        asking = asyncio.ensure_future(
+            self._queue.claim(
+                self._owner, stage, self._worker.items_max, self._worker.cost_max, CLAIM_WAIT_S
+            )
+        )
+        leaving = asyncio.ensure_future(self._leaving.wait())
+        try:
+            await asyncio.wait([asking, leaving], return_when=asyncio.FIRST_COMPLETED)
+            return asking.result() if asking.done() else Claim()
+        except ServiceError as error:
+            log.warning("cannot claim: %s", error)
+            await asyncio.sleep(AWAY_S)
+            return Claim()
+        finally:
+            asking.cancel()  # what it has leased all the same goes back when we `leave`
+            leaving.cancel()
+
+    async def _work_alone(self, claim: Claim) -> None:
+        """While nothing else is worked on, so that it takes nothing else with it."""
+        async with self._turn:
+            while self._working:
+                self._rested.clear()
+                await self._rested.wait()
+            await self._work(claim)
+
+    async def _work_beside(self, claim: Claim) -> None:
+        """Beside others, when none is alone or waits to be."""
+        async with self._turn:
+            self._working += 1
+        try:
+            await self._work(claim)
+        finally:
+            self._working -= 1
+            self._rested.set()
+
+    async def _work(self, claim: Claim) -> None:
+        by_task: dict[Task, list[Item]] = {}
+        for item in claim.items:
+            by_task.setdefault(item.task, []).append(item)
+        async with asyncio.TaskGroup() as tasks:
+            for task, items in by_task.items():
+                tasks.create_task(self._handle(task, items, claim))
+
+    async def _handle(self, task: Task, items: Sequence[Item], claim: Claim) -> None:
+        try:
+            settlements = list(await self._handlers[task](items, claim))
+        except Exception as error:
+            if not isinstance(error, ServiceError):
+                log.exception("items of the task %s failed", task)
+            if len(items) > 1 and fault_of(error).kind in ("invalid", "poison"):
+                for item in items:
+                    await self._handle(task, [item], claim)
+                return
+            settlements = [settled(item, error, self._retries) for item in items]
+        told = {one.item for one in settlements}
+        untold = [item for item in items if item.id not in told]
+        if untold:
+            log.error("nothing was said of %d items of the task %s", len(untold), task)
+            settlements += [settled(item, Internal(), self._retries) for item in untold]
+        await self._settle(settlements)
+
+    async def _settle(self, settlements: Sequence[Settlement]) -> None:
+        """Until the Store has it, or the lease would be over anyway."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._rules.lease_s
+        while True:
+            try:
+                applied = await self._queue.settle(settlements)
+            except Internal as error:
+                await self._settle_each(settlements, error)
+                return
+            except ServiceError as error:
+                if loop.time() > until:
+                    log.warning("cannot settle %d items: %s", len(settlements), error)
+                    return
+                await asyncio.sleep(AWAY_S)
+            else:
+                self.done.settled += sum(applied)
+                self.done.lost += len(applied) - sum(applied)
+                return
+
+    async def _settle_each(self, settlements: Sequence[Settlement], error: Internal) -> None:
+        """The Store cannot keep what one of them says: that one has failed, not the others."""
+        if len(settlements) > 1:
+            for one in settlements:
+                await self._settle([one])
+            return
+        (one,) = settlements
+        if one.fault == fault_of(error):
+            log.error("cannot settle the item %d: %s", one.item, error)
+            return
+        log.error("cannot keep what became of the item %d: %s", one.item, error)
+        blank = Settlement(one.item, one.lease, "retry", fault=fault_of(error))
+        await self._settle([replace(blank, delay_s=self._retries.after(1))])
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(self._rules.heartbeat_s)
+            held = [item.id for claim in self._held.values() for item in claim.items]
+            try:
+                lost = await self._queue.keep(self._owner, held)
+            except ServiceError as error:
+                log.warning("cannot keep the leases: %s", error)
+            else:
+                if lost:
+                    log.warning("%d items are worked on by somebody else by now", len(lost))

@@ -1,0 +1,263 @@
+"""Statements of `job_ports.Jobs.submit_job` and of `add_items`: a job, its items and the generations of the
+documents that they write, in one transaction with the idempotency key.
+"""
+
+from collections import defaultdict
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sqlalchemy as sa
+
+from serve.errors import Mismatch, QuotaExceeded
+from serve.items import Accepted, Job, JobState, NewItem, Once
+from serve.jobs import generations, order, progress, webhook_rows
+from serve.jobs.book import Book, read
+from serve.jobs.job_tables import idempotency, items, job_totals
+from serve.jobs.rows import execute
+from serve.records import DocumentWrite
+
+
+FULL_RETRY_S = 60.0
+"""When to come again with a job for which there is no room."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What one tenant may have open: jobs, items, and tokens as estimated."""
+
+    jobs: int
+    items: int
+    tokens: float
+
+
+_INSERT = sa.insert(items).inline()
+_processed = job_totals.c.done + job_totals.c.skipped + job_totals.c.dead + job_totals.c.cancelled
+_OPEN = sa.select(job_totals.c.open, job_totals.c.total - _processed, job_totals.c.cost_left).where(
+    job_totals.c.tenant == sa.bindparam("tenant")
+)
+_MINE = sa.select(items.c.job).where(
+    items.c.id == sa.bindparam("item"),
+    items.c.lease == sa.bindparam("lease"),
+    items.c.state == sa.literal_column("'leased'"),
+)
+_THERE = sa.select(items.c.seq).where(
+    items.c.job == sa.bindparam("job"),
+    items.c.seq >= sa.bindparam("first"),
+    items.c.seq < sa.bindparam("end"),
+)
+_ONCE = sa.select(idempotency).where(
+    idempotency.c.tenant == sa.bindparam("tenant"), idempotency.c.key == sa.bindparam("key")
+)
+_ADD_ONCE = sa.insert(idempotency)
+_DROP_ONCE = sa.delete(idempotency).where(
+    idempotency.c.tenant == sa.bindparam("_tenant"), idempotency.c.key == sa.bindparam("_key")
+)
+_OLD_ONCE = (
+    sa.select(idempotency.c.tenant, idempotency.c.key)
+    .where(idempotency.c.expires_at <= sa.bindparam("now"))
+    .limit(sa.bindparam("most"))
+)
+
+
+def submit(
+    conn: sa.Connection,
+    job: Job,
+    new: Sequence[NewItem],
+    once: Once | None,
+    *,
+    room: Room,
+    now: float,
+) -> Accepted:
+    """See `job_ports.Jobs.submit_job`. The job's own times and counts are set here."""
+    if once is not None:
+        first = _first(conn, job.tenant, once, now)
+        if first is not None:
+            return Accepted(first, replayed=True)
+    if job.webhook:
+        webhook_rows.mine(conn, job.tenant, job.webhook)
+    _check_room(conn, job.tenant, len(new), sum(one.cost for one in new), room)
+    order.reweigh(conn, job.tenant, job.weight)
+    own = [one for one in new if one.task == "expand"]
+    units = [one for one in new if one.task != "expand"]
+    state: JobState = "validating" if own else "queued"
+    book = Book(conn, now)
+    book.add(replace(job, state=state, created_at=now, times={**job.times, state: now}))
+    _add(book, job.id, 0, units)
+    book.tell(job.id, f"job.{state}")
+    for one in own:
+        progress.add_own_item(book, job.id, one.task, one.payload)
+    progress.advance(book, job.id)
+    book.close()
+    if once is not None:
+        row = {"tenant": job.tenant, "key": once.key, "fingerprint": once.fingerprint}
+        conn.execute(_ADD_ONCE, {**row, "job": job.id, "expires_at": now + once.kept_s})
+    return Accepted(book[job.id])
+
+
+def add_items(
+    conn: sa.Connection,
+    item: int,
+    lease: int,
+    *,
+    start: int,
+    new: Sequence[NewItem],
+    now: float,
+) -> bool:
+    """See `job_ports.Queue.add_items`."""
+    job_id = conn.execute(_MINE, {"item": item, "lease": lease}).scalar_one_or_none()
+    if job_id is None:
+        return False
+    book = Book(conn, now)
+    book.open([job_id])
+    if book[job_id].state != "validating":
+        return False
+    there = conn.execute(_THERE, {"job": job_id, "first": start, "end": start + len(new)})
+    _add(book, job_id, start, new, there=frozenset(there.scalars()))
+    book.progress(job_id)
+    book.close()
+    return True
+
+
+def purge_idempotency(conn: sa.Connection, now: float, rows_max: int) -> int:
+    """Forget keys whose time is over; returns how many."""
+    rows = [
+        {"_tenant": row.tenant, "_key": row.key}
+        for row in conn.execute(_OLD_ONCE, {"now": now, "most": rows_max})
+    ]
+    if rows:
+        conn.execute(_DROP_ONCE, rows)
+    return len(rows)
+
+
+def _first(conn: sa.Connection, tenant: str, once: Once, now: float) -> Job | None:
+    """The job that this key made before. Raises Mismatch when it was for something else."""
+    row = conn.execute(_ONCE, {"tenant": tenant, "key": once.key}).one_or_none()
+    if row is None:
+        return None
+    job = read(conn, [row.job]).get(row.job)
+    if row.expires_at <= now or job is None:
+        conn.execute(_DROP_ONCE, {"_tenant": tenant, "_key": once.key})
+        return None
+    if row.fingerprint != once.fingerprint:
+        raise Mismatch(
+            "This Idempotency-Key was used with another request.", param="Idempotency-Key"
+        )
+    return job
+
+
+def _check_room(conn: sa.Connection, tenant: str, count: int, cost: float, room: Room) -> None:
+    """Raises QuotaExceeded, naming what is full."""
+    row = conn.execute(_OPEN, {"tenant": tenant}).one_or_none()
+    open_jobs, open_items, open_tokens = row or (0, 0, 0.0)
+    bounds = (
+        ("open_jobs", open_jobs, 1, room.jobs),
+        ("open_items", open_items, count, room.items),
+        ("open_tokens", open_tokens, cost, room.tokens),
+    )
+    for word, has, more, most in bounds:
+        if has + more > most:
+            raise QuotaExceeded(
+                f"You have {has:.0f} {word.replace('_', ' ')}, and this is {more:.0f} more; "
+                f"{most:.0f} are allowed.",
+                code=word,
+                retry_after_s=FULL_RETRY_S,
+            )
+
+
+def _add(
+    book: Book, job_id: str, start: int, new: Sequence[NewItem], *, there: Container[int] = ()
+) -> None:
+    """Keep items from number `start` on, but for those that are there."""
+    job = book[job_id]
+    rows = [
+        _row(job, start + position, one, book.now)
+        for position, one in enumerate(new)
+        if start + position not in there
+    ]
+    if not rows:
+        return
+    skipped = _grant(book, job.collection, rows) if job.collection else []
+    done = {row["seq"] for row in skipped}
+    waiting = [row for row in rows if row["seq"] not in done]
+    if not job.paused:
+        _tag(book, job, waiting)
+    # Apart: what others leave to the defaults, these set.
+    for some in (waiting, skipped):
+        execute(book.conn, _INSERT, some)
+    book.change(
+        job_id,
+        total=job.total + len(rows),
+        skipped=job.skipped + len(skipped),
+        cost_left=job.cost_left + sum(row["cost"] for row in waiting),
+    )
+
+
+def _tag(book: Book, job: Job, rows: Sequence[dict[str, Any]]) -> None:
+    by_stage: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        by_stage[row["stage"]].append(row)
+    for stage, some in by_stage.items():
+        line = order.Line(stage, job.klass, job.tenant)
+        costs = [row["cost"] for row in some]
+        given = order.tags(book.conn, line, weight=job.weight, costs=costs, priority=job.priority)
+        for row, tag in zip(some, given, strict=True):
+            row["tag"] = tag
+
+
+def _row(job: Job, seq: int, one: NewItem, now: float) -> dict[str, Any]:
+    return {
+        "job": job.id,
+        "seq": seq,
+        "klass": job.klass,
+        "stage": one.stage,
+        "state": "paused" if job.paused else "ready",
+        "task": one.task,
+        "name": one.name,
+        "tag": 0.0,
+        "cost": one.cost,
+        "generation": 0,
+        "sha256": one.sha256,
+        "payload": one.payload,
+        "updated_at": now,
+    }
+
+
+def _grant(book: Book, collection: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A generation for each write of a document; returns those that need not be written.
+
+    Raises NotFound (the collection is gone), BadInput (a document named twice).
+    """
+    conn, now = book.conn, book.now
+    there = generations.known(conn, collection, [row["name"] for row in rows])
+    skipped, writes, deletes = [], [], []
+    for row in rows:
+        known = there.get(row["name"])
+        if row["task"] == "delete":
+            deletes.append(row)
+        elif known is not None and known.sha256 and known.sha256 == row["sha256"]:
+            skipped.append(_skip(row, "unchanged", known.generation))
+        else:
+            writes.append(row)
+    # Each input of a request is a chunk; those of a document are counted by its `prepare`.
+    asked = [DocumentWrite(row["name"], row["payload"].get("inputs", 0)) for row in writes]
+    for row, version in zip(
+        writes, generations.begin(conn, collection, asked, there, now), strict=True
+    ):
+        row["generation"] = version.generation
+    names = [row["name"] for row in deletes]
+    for row, version in zip(
+        deletes, generations.delete(conn, collection, names, there, now), strict=True
+    ):
+        row["generation"] = version.generation
+        row["payload"] = {"existed": version.existed}
+        if version.generation == 0:
+            skipped.append(_skip(row, "absent", 0))
+    return skipped
+
+
+def _skip(row: dict[str, Any], status: str, generation: int) -> dict[str, Any]:
+    """Nothing to do for it."""
+    result = {"status": status}
+    row |= {"state": "skipped", "payload": {}, "generation": generation, "result": result}
+    return row
