@@ -8,6 +8,7 @@ from serve.items import (
     Accepted,
     Change,
     Claim,
+    Effort,
     Event,
     ItemState,
     ItemView,
@@ -91,6 +92,10 @@ class JobPort(StoreCalls, Jobs, Queue, Events):
     async def job_events(self, tenant: str, job: str, after: int, limit: int) -> Sequence[Event]:
         """See Events."""
         return cast("Sequence[Event]", await self._call("job_events", tenant, job, after, limit))
+
+    async def list_efforts(self, tenant: str, days: int) -> Sequence[Effort]:
+        """See Events."""
+        return cast("Sequence[Effort]", await self._call("list_efforts", tenant, days))
 
     async def job_stats(self, tenant: str) -> Stats:
         """See Events."""

@@ -312,6 +312,17 @@ class Stats:
 
 
 @dataclass(frozen=True, slots=True)
+class Effort:
+    """Tries of items that ended with one word (see `Settlement`), and the seconds they took together."""
+
+    task: Task
+    stage: Stage
+    word: str
+    tries: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class StageCount:
     """Items of a job in one stage and state."""
 

@@ -10,6 +10,7 @@ from serve.items import (
     Accepted,
     Change,
     Claim,
+    Effort,
     Event,
     FileRoom,
     ItemState,
@@ -130,6 +131,10 @@ class Events(Protocol):
 
     async def job_stats(self, tenant: str) -> Stats:
         """The tenant's items by how far they are."""
+        ...
+
+    async def list_efforts(self, tenant: str, days: int) -> Sequence[Effort]:
+        """What tries of the tenant's items came to, today and in the days before, `days` in all."""
         ...
 
 

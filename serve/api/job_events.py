@@ -8,15 +8,24 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from serve.api.job_shapes import StatsShown, event_shown, job_shown
+from serve.api.job_shapes import (
+    OperationsShown,
+    StatsShown,
+    event_shown,
+    job_shown,
+    operations_shown,
+)
 from serve.api.service import Ask, Asked
 from serve.api.sse import PING, STREAMED, EventStream, Responses, message
 from serve.api.wire import number, query, reply, whole
-from serve.errors import ServiceError
+from serve.errors import BadInput, ServiceError
 from serve.flows.jobs import JobSeen
 
 
 router = APIRouter()
+
+DAYS, DAYS_MAX = 7, 90
+"""Of operations: unless asked for, and at most (older ones are forgotten)."""
 
 RESUME: dict[str, Any] = {
     "parameters": [
@@ -59,6 +68,25 @@ async def stream_job(job_id: str, ask: Asked) -> Response:
 async def show_stats(ask: Asked) -> Response:
     """The tenant's items by how far they are, some seconds old."""
     return reply(await _stats(ask))
+
+
+@router.get(
+    "/v1/stats/operations",
+    openapi_extra={
+        "parameters": [
+            query("days", "Days, today included; 7 unless given.", minimum=1, maximum=DAYS_MAX)
+        ]
+    },
+    responses={200: {"model": OperationsShown}},
+)
+async def show_operations(ask: Asked) -> Response:
+    """How often each operation on the tenant's items succeeds, and how long it takes."""
+    days = number(ask.request, "days")
+    days = DAYS if days is None else days
+    if not 1 <= days <= DAYS_MAX:
+        raise BadInput(f"days must be from 1 to {DAYS_MAX}.", param="days")
+    efforts = await ask.service.jobs.efforts(ask.who, days)
+    return reply({"object": "list", "days": days, "data": operations_shown(efforts)})
 
 
 @router.get("/v1/stats/events", status_code=200, response_class=EventStream, responses=STREAMED)

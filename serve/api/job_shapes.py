@@ -1,14 +1,14 @@
 """Replies about jobs: as OpenAPI shows them, and how they are written."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field
 
 from serve.api.shapes import Receipt, Shape
 from serve.flows.jobs import JobSeen
-from serve.items import ErrorKind, Event, ItemState, ItemView, JobState, Kind, Stage, Task
+from serve.items import Effort, ErrorKind, Event, ItemState, ItemView, JobState, Kind, Stage, Task
 from serve.records import Klass
 
 
@@ -109,6 +109,29 @@ class RetryShown(Shape):
     dry_run: bool
 
 
+class OperationShown(Shape):
+    """Tries of one task in one stage. `success_rate` leaves out those that were released: given back
+    untried, for want of room or quota. `mean_s` is from claim to settlement.
+    """
+
+    task: Task
+    stage: Stage
+    tries: int
+    succeeded: int
+    failed: int
+    released: int
+    success_rate: float | None
+    mean_s: float
+
+
+class OperationsShown(Shape):
+    """A tenant's operations over some days."""
+
+    object: Literal["list"]
+    days: int
+    data: list[OperationShown]
+
+
 class StatsShown(Shape):
     """The tenant's items by how far they are; `uploaded` have not begun."""
 
@@ -204,4 +227,34 @@ def _counts(total: int, done: int, skipped: int, dead: int, cancelled: int) -> d
         "failed": dead,
         "cancelled": cancelled,
         "progress": math.floor(1000 * processed / total) / 10 if total else 0.0,
+    }
+
+
+SUCCEEDED, FAILED = frozenset({"done", "skipped", "advance"}), frozenset({"dead", "retry"})
+
+
+def operations_shown(efforts: Sequence[Effort]) -> list[dict[str, Any]]:
+    """Efforts by task and stage."""
+    sums: dict[tuple[str, str], dict[str, Any]] = {}
+    for one in efforts:
+        empty = {"tries": 0, "succeeded": 0, "failed": 0, "released": 0, "seconds": 0.0}
+        total = sums.setdefault((one.task, one.stage), empty)
+        good, bad = one.word in SUCCEEDED, one.word in FAILED
+        total["succeeded" if good else "failed" if bad else "released"] += one.tries
+        total["tries"] += one.tries
+        total["seconds"] += one.seconds
+    return [_operation(task, stage, total) for (task, stage), total in sums.items()]
+
+
+def _operation(task: str, stage: str, total: Mapping[str, Any]) -> dict[str, Any]:
+    settled = total["succeeded"] + total["failed"]
+    return {
+        "task": task,
+        "stage": stage,
+        "tries": total["tries"],
+        "succeeded": total["succeeded"],
+        "failed": total["failed"],
+        "released": total["released"],
+        "success_rate": total["succeeded"] / settled if settled else None,
+        "mean_s": total["seconds"] / total["tries"],
     }

@@ -22,6 +22,7 @@ from serve.items import (
     ENDS,
     Accepted,
     Change,
+    Effort,
     ItemState,
     ItemView,
     Job,
@@ -225,6 +226,10 @@ class JobFlow:
         """The tenant's items by how far they are, up to `jobs.stats_s` old."""
         tenant = caller.tenant
         return await self._stats.get((tenant,), lambda: self._events.job_stats(tenant))
+
+    async def efforts(self, caller: Caller, days: int) -> Sequence[Effort]:
+        """What tries of the tenant's items came to, today and in the days before, `days` in all."""
+        return await self._events.list_efforts(caller.tenant, days)
 
     async def _eta_s(self, job: Job) -> float | None:
         """What is left of a job, at the pace that the model's replicas give its tenant."""

@@ -19,6 +19,9 @@ from serve.jobs.rows import execute, write
 TOLD_S = 0.5
 """Between two progress events of a job."""
 
+EVENTS_LOCK = 7_164_263
+"""Key of the advisory lock under which Postgres numbers events; those of `postgres` come before it."""
+
 EVENTS = "events"
 """What the bell is rung for when there are new ones."""
 
@@ -41,6 +44,7 @@ _LOCKED = _BY_ID.order_by(jobs.c.id).with_for_update()
 _LOCKED_IF_FREE = _BY_ID.order_by(jobs.c.id).with_for_update(skip_locked=True)
 _INSERT = sa.insert(jobs).inline()
 _TELL = sa.insert(job_events).inline()
+_IN_ORDER = sa.select(sa.func.pg_advisory_xact_lock(EVENTS_LOCK))
 _ADD_TOTALS = (
     sa.update(job_totals)
     .where(job_totals.c.tenant == sa.bindparam("_tenant"))
@@ -157,11 +161,20 @@ class Book:
         execute(self.conn, _INSERT, new)
         told = {event["job"] for event in self._events}
         write(self.conn, jobs, ((each, self._changes(each, told)) for each in self._was))
-        if self._events:
-            execute(self.conn, _TELL, self._events)
-            note(self.conn, EVENTS)
-            self._announce()
         self._add_totals()
+        if self._events:
+            self._announce()
+            self._log()
+            note(self.conn, EVENTS)
+
+    def _log(self) -> None:
+        """Write the events, last of all: on Postgres they are numbered in the order of the commits.
+
+        Else who has read number 11 would never see a 10 that is committed later.
+        """
+        if self.conn.dialect.name == "postgresql":
+            self.conn.execute(_IN_ORDER)
+        execute(self.conn, _TELL, self._events)
 
     def _announce(self) -> None:
         """The ends of jobs, to their webhooks."""

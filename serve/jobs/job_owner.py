@@ -13,6 +13,7 @@ from serve.items import (
     Accepted,
     Change,
     Claim,
+    Effort,
     Event,
     ItemState,
     ItemView,
@@ -28,7 +29,7 @@ from serve.items import (
     Stats,
 )
 from serve.job_ports import Events, Jobs, Queue
-from serve.jobs import claims, deliveries, handed, operations, progress, settling, submit
+from serve.jobs import claims, deliveries, efforts, handed, operations, progress, settling, submit
 from serve.jobs.bell import Bell, heard, noted
 from serve.jobs.book import EVENTS
 from serve.jobs.committer import Committer, Work
@@ -175,6 +176,10 @@ class JobOwner(Jobs, Queue, Events):
         """See Events."""
         return await self._do(lambda conn, _now: handed.stats(conn, tenant))
 
+    async def list_efforts(self, tenant: str, days: int) -> Sequence[Effort]:
+        """See Events."""
+        return await self._do(lambda conn, now: efforts.listed(conn, tenant, days, now))
+
     async def tick(self) -> None:
         """What is due becomes ready, what silent owners had goes back, what is over ends.
 
@@ -191,6 +196,7 @@ class JobOwner(Jobs, Queue, Events):
             submit.purge_idempotency,
             deliveries.due,
             partial(deliveries.purge, kept_s=self._rules.kept_s),
+            efforts.purge,
         )
         for chore in chores:
             while await self._do(_limited(chore)) >= TICK_ROWS:

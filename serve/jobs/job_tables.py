@@ -166,6 +166,20 @@ job_totals = sa.Table(
 )
 """Sums over the jobs of a tenant, of which there may be 100,000; `open` is how many have not ended."""
 
+efforts = sa.Table(
+    "efforts",
+    metadata,
+    sa.Column("day", sa.Integer, primary_key=True),
+    sa.Column("tenant", sa.String, primary_key=True),
+    sa.Column("task", sa.String, primary_key=True),
+    sa.Column("stage", sa.String, primary_key=True),
+    sa.Column("word", sa.String, primary_key=True),
+    sa.Column("tries", sa.BigInteger, nullable=False),
+    sa.Column("seconds", sa.Double, nullable=False),
+    sqlite_with_rowid=False,
+)
+"""`day` is since the epoch, UTC; `seconds` from claim to settlement, over all `tries`."""
+
 job_events = sa.Table(
     "job_events",
     metadata,
@@ -190,4 +204,4 @@ idempotency = sa.Table(
     sqlite_with_rowid=False,
 )
 
-ALL = (jobs, items, flows, vclock, owners, job_totals, job_events, idempotency)
+ALL = (jobs, items, flows, vclock, owners, job_totals, efforts, job_events, idempotency)

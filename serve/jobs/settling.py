@@ -13,6 +13,7 @@ from serve.items import ENDS, Fault, ItemState, Job, Settlement
 from serve.jobs import generations, order, progress
 from serve.jobs.bell import note
 from serve.jobs.book import Book, Delta
+from serve.jobs.efforts import Efforts
 from serve.jobs.job_tables import items
 from serve.jobs.rows import write
 
@@ -28,7 +29,7 @@ _ROWS = (
     sa.select(
         *(items.c[name] for name in ("id", "lease", "job", "seq", "task", "stage", "cost", "tag")),
         *(items.c[name] for name in ("attempts", "crashes", "tokens", "error_kind")),
-        *(items.c[name] for name in ("name", "generation", "sha256")),
+        *(items.c[name] for name in ("name", "generation", "sha256", "leased_at")),
     )
     .where(_THESE)
     .order_by(items.c.id)
@@ -67,6 +68,7 @@ def settle(
     landed: list[tuple[Any, int]] = []
     widened: list[tuple[Any, int]] = []
     applied: list[bool] = []
+    efforts = Efforts(now)
     for one in settlements:
         row = rows.get(one.item)
         applied.append(row is not None and row.lease == one.lease)
@@ -74,11 +76,13 @@ def settle(
             continue
         del rows[one.item]
         changes.append(_settled(row, book[row.job], one, attempts_max, now))
+        efforts.add(book[row.job].tenant, row, one.word)
         if one.chunks is not None and one.word in ("done", "advance"):
             (landed if one.word == "done" else widened).append((row, one.chunks))
     _widen(book, widened)
     _land(book, landed)
     _apply(book, changes)
+    efforts.write(conn)
     book.close()
     return applied
 

@@ -226,3 +226,21 @@ async def test_stats_are_told_again_and_again(start):
     assert first.data == (await client.get("/v1/stats")).json()
     assert first.data["uploaded"] == 2
     assert rest
+
+
+async def test_operations_are_summed_by_task_and_stage(whole):
+    client = await whole.client("enterprise")
+    await client.post("/v1/collections", json={"name": "docs"})
+    written = await client.post(
+        "/v1/collections/docs/documents?wait=indexed",
+        json={"documents": [{"id": "a", "text": "one"}, {"id": "b", "text": "two"}]},
+    )
+    assert written.status_code == 200
+    answer = (await client.get("/v1/stats/operations?days=1")).json()
+    shown = {(one["task"], one["stage"]): one for one in answer["data"]}
+    assert set(shown) == {("document", "prepare"), ("document", "embed")}
+    for one in shown.values():
+        assert (one["tries"], one["succeeded"], one["success_rate"]) == (2, 2, 1.0)
+    for days in ("0", "91", "x"):
+        refused = await client.get(f"/v1/stats/operations?days={days}")
+        assert (refused.status_code, refused.json()["param"]) == (400, "days")

@@ -404,3 +404,25 @@ async def test_an_item_that_crashes_its_worker_comes_alone_and_is_given_up(
     assert names(await claimed(store, "prepare", 9, "last")) == "b"
     assert names(await claimed(store, "prepare", 9, "other last")) == "c"
     assert (await found(store, kept)).dead == 1
+
+
+async def test_efforts_say_how_often_a_task_succeeds_and_how_long_it_takes(
+    store: Store, clock: Any
+):
+    uuid = await tenant(store)
+    await submitted(store, documents("abc"), collection=uuid)
+    first, second, third = (await claimed(store, "prepare")).items
+    clock.advance(2)
+    await settle(store, [first, second], "done")
+    await settle(store, [third], "retry", fault=BUSY, delay_s=60)
+    assert [
+        (each.task, each.stage, each.word, each.tries, each.seconds)
+        for each in await store.list_efforts("acme", 1)
+    ] == [("document", "prepare", "done", 2, 4.0), ("document", "prepare", "retry", 1, 2.0)]
+    assert await store.list_efforts("other", 1) == []
+    clock.advance(86_400)
+    assert await store.list_efforts("acme", 1) == []
+    assert len(await store.list_efforts("acme", 2)) == 2
+    clock.advance(91 * 86_400)
+    await store.tick()
+    assert await store.list_efforts("acme", 1000) == []

@@ -123,10 +123,16 @@ def shape(engine: sa.Engine) -> dict[str, Any]:
     }
 
 
-def test_an_upgraded_store_has_the_tables_of_a_new_one(path: Path):
+@pytest.mark.parametrize("had", range(1, schema.VERSION))
+def test_an_upgraded_store_has_the_tables_of_a_new_one(path: Path, had: int):
     old, new = sa.create_engine(f"sqlite:///{path}"), sa.create_engine("sqlite://")
     with old.begin() as conn:
-        assert schema.upgrade(conn) == 1
+        for step in range(2, had + 1):
+            for statement in schema.STEPS[step]:
+                conn.execute(statement)
+        conn.execute(sa.update(schema.store).values(version=had))
+    with old.begin() as conn:
+        assert schema.upgrade(conn) == had
     with new.begin() as conn:
         schema.create(conn, 1.0)
         assert schema.upgrade(conn) == schema.VERSION
