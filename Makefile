@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 # A program under bench/ has a main guard; the modules it shares with others have none.
 BENCHES = $(basename $(notdir $(shell grep -ls '__main__' bench/*.py)))
 
-.PHONY: setup serve test test-ray test-chaos e2e check fmt fmt-check lint types imports bench docs lock clean help
+.PHONY: setup serve test test-ray test-postgres test-chaos e2e check fmt fmt-check lint types imports bench docs lock clean help
 
 setup: $(INSTALLED)  ## Make .venv with every pinned dependency (instant when nothing changed)
 
@@ -33,9 +33,10 @@ serve: setup  ## Start the service on 127.0.0.1:8000 (PROFILE=name picks a profi
 
 test: setup  ## All tests: the quick tiers, then the short ray and e2e tiers
 	@echo "test: unit, property, contract, api"
-	@$(BIN)/pytest -q -rs -n 2
+	@$(BIN)/pytest -q -rs -n 3
 	@echo "test: ray, e2e"
 	@$(BIN)/pytest -q -rs -p no:randomly -m "ray or e2e"
+	@echo "test: not here but in 'make check': test-postgres, test-chaos"
 
 test-ray: setup  ## Only the tests that need a Ray cluster
 	@$(BIN)/pytest -q -rs -m ray
@@ -43,11 +44,15 @@ test-ray: setup  ## Only the tests that need a Ray cluster
 e2e: setup  ## Only the tests that start the whole service
 	@$(BIN)/pytest -q -rs -m e2e
 
+test-postgres: setup  ## The Store's contracts once more, over a Postgres that the tests start
+	@echo "test: postgres"
+	@$(BIN)/pytest -q -rs -n 2 -m postgres
+
 test-chaos: setup  ## A job while its processes are killed (HEADRACE_KILLS=50 HEADRACE_ITEMS=5000: the long one)
 	@echo "test: chaos"
 	@$(BIN)/pytest -q -rs -p no:randomly -m chaos
 
-check: lint fmt-check types imports test test-chaos bench  ## Everything that must hold before a merge
+check: lint fmt-check types imports test test-postgres test-chaos bench  ## Everything that must hold before a merge
 
 fmt: setup  ## Format the code and apply safe fixes
 	@$(BIN)/ruff check -q --fix .

@@ -39,7 +39,12 @@ Opener = Callable[[Path, Callable[[], float]], AbstractAsyncContextManager[Any]]
 OPENERS: dict[str, Opener] = {"owner": owner, "postgres": postgres_owner}
 
 
-@pytest.fixture(params=OPENERS)
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=pytest.mark.postgres if name == "postgres" else ())
+        for name in OPENERS
+    ]
+)
 async def store(
     request: pytest.FixtureRequest, tmp_path: Path, clock: Callable[[], float]
 ) -> AsyncIterator[Any]:
