@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import Empty, SimpleQueue
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
@@ -77,7 +77,9 @@ class Postgres:
             raise StoreUnavailable(f"cannot open the database: {error.orig}") from error
         self._threads = ThreadPoolExecutor(connections, "store")
         self._rings: SimpleQueue[str] = SimpleQueue()
-        self._helpers: list[threading.Thread] = []
+        notifier = threading.Thread(target=self._notify, name="notify", daemon=True)
+        self._beside = [notifier]
+        notifier.start()
 
     @property
     def healthy(self) -> bool:
@@ -92,7 +94,13 @@ class Postgres:
             if self._waiting >= self._queue_max:
                 raise Overloaded("the store's queue is full", retry_after_s=1)
             self._waiting += 1
-        return self._threads.submit(self._run, work)
+            future = self._threads.submit(self._run, work)
+        future.add_done_callback(self._left)  # also of one that was cancelled before it ran
+        return future
+
+    def _left(self, _: Future[Any]) -> None:
+        with self._lock:
+            self._waiting -= 1
 
     def keep_up(self, conn: sa.Connection, now: float) -> None:
         """The Store's upkeep as work, in one process at a time."""
@@ -102,12 +110,9 @@ class Postgres:
 
     def listen(self, heard: Callable[[str], None]) -> None:
         """Call `heard` with each word that any process has rung, from a thread."""
-        self._helpers = [
-            threading.Thread(target=self._listen, args=(heard,), name="listen", daemon=True),
-            threading.Thread(target=self._notify, name="notify", daemon=True),
-        ]
-        for thread in self._helpers:
-            thread.start()
+        listener = threading.Thread(target=self._listen, args=(heard,), name="listen", daemon=True)
+        self._beside.append(listener)
+        listener.start()
 
     def ring(self, words: Iterable[str]) -> None:
         """Tell every process, this one too."""
@@ -119,7 +124,7 @@ class Postgres:
         self._closing.set()
         self._rings.put("")
         self._threads.shutdown(wait=True, cancel_futures=False)
-        for thread in self._helpers:
+        for thread in self._beside:
             thread.join(wait_s)
             if thread.is_alive():
                 raise StoreUnavailable(f"the store did not close within {wait_s:g} s")
@@ -151,9 +156,6 @@ class Postgres:
         except Exception as error:
             log.exception("a store operation failed")
             raise Internal("the store failed on this operation") from error
-        finally:
-            with self._lock:
-                self._waiting -= 1
 
     def _tried(self, work: Work[T]) -> T:
         tries_left = TRIES
@@ -193,6 +195,8 @@ class Postgres:
                     words.add(self._rings.get_nowait())
                 except Empty:
                     break
+            if words == {""}:
+                continue
             told = sa.select(sa.func.pg_notify(CHANNEL, " ".join(sorted(words - {""}))))
             try:
                 with self._engine.begin() as conn:
