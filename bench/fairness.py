@@ -174,11 +174,14 @@ def _percentiles(phases: Sequence[LightWaits], figure: str) -> dict[str, dict[st
     return found
 
 
-def describe(rounds: Sequence[Round]) -> dict[str, Any]:
-    """What one policy did. Percentiles and shares are over all rounds together."""
-    floods = [one.flood for one in rounds]
+def describe(rounds: Sequence[Round], paired: Sequence[Round] = ()) -> dict[str, Any]:
+    """What one policy did. Percentiles and shares are over all rounds together, those under flood
+    over the pairs as well.
+    """
+    flooded = [*rounds, *paired]
+    floods = [one.flood for one in flooded]
     queue, call = _percentiles(floods, "queue_ms"), _percentiles(floods, "call_ms")
-    handouts = [ms for one in rounds for ms in one.handout_ms]
+    handouts = [ms for one in flooded for ms in one.handout_ms]
     cost = {tier: sum(one.shares.get(f"flood-{tier}", 0) for one in rounds) for tier in TIERS}
     return {
         "queue_p95_ms": queue["p95"],
@@ -189,7 +192,7 @@ def describe(rounds: Sequence[Round]) -> dict[str, Any]:
         "samples": {tier: sum(len(one[tier].queue_ms) for one in floods) for tier in TIERS},
         "unanswered": sum(waits.unanswered for one in floods for waits in one.values()),
         "handout_ms": {f"p{part * 100:.0f}": percentile(handouts, part) for part in PARTS},
-        "tokens_s": spread([one.tokens_s for one in rounds]),
+        "tokens_s": spread([one.tokens_s for one in flooded]),
         "share_over_free": {
             tier: cost[tier] / cost["free"] if cost["free"] else None for tier in TIERS
         },
@@ -201,7 +204,9 @@ def summary(
     taken: Mapping[Policy, Sequence[Round]], paired: Mapping[Policy, Sequence[Round]]
 ) -> dict[str, Any]:
     """The JSON's keys: the fair queue's own figures first, then every policy's."""
-    policies = {policy: describe(rounds) for policy, rounds in taken.items()}
+    policies = {
+        policy: describe(rounds, paired.get(policy, ())) for policy, rounds in taken.items()
+    }
     pace = {policy: [one.tokens_s for one in rounds] for policy, rounds in taken.items()}
     pairs = {policy: [one.tokens_s for one in paired[policy]] for policy in PAIR}
     return {

@@ -59,7 +59,8 @@ class Bench:
     """One loaded model, and a batcher for each target."""
 
     def __init__(self, executor: ThreadPoolExecutor) -> None:
-        [settings] = DeployFile.read(ROOT / "config.yaml").settings.pools
+        file = DeployFile.read(ROOT / "config.yaml")
+        [settings] = file.settings.under(file.data_dir(None)).pools
         self._settings: config.Pool = settings
         self._executor = executor
         self._pool = Pool(settings, clock=time.monotonic)

@@ -7,7 +7,8 @@
 In one process: jobs of short documents by many tenants go through both stages, claimed and settled by
 the service's own `Runner`, whose handlers do nothing (a fake engine of no time). Then one runner waits
 idle, and single items are handed over at random moments: `kick_ms` is from the acknowledgement to the
-handler's call. With `--serve`: one job of a thousand short texts, embedded and searchable, over HTTP.
+handler's call. `stats_ms` is a tenant's statistics, asked of the Store while so many of its items wait.
+With `--serve`: one job of a thousand short texts, embedded and searchable, over HTTP.
 """
 
 import asyncio
@@ -42,6 +43,7 @@ JOB_ITEMS = 250
 PAYLOAD = {"text": "x" * 300, "metadata": {"source": "bench"}}
 KICK_PAUSE_S = (0.005, 0.05)
 REAL_DOCUMENTS = 1000
+STATS_CALLS = 20
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Plan:
     rounds: int = 3
     items: int = 5000
     kicks: int = 200
+    open_items: int = 20_000
 
 
 class Instant:
@@ -171,6 +174,21 @@ async def kicks(backend: Backend, plan: Plan) -> list[float]:
         return [max(handler.called[name] - at, 0.0) * 1e3 for name, at in acknowledged.items()]
 
 
+async def stats(backend: Backend, plan: Plan) -> list[float]:
+    """Milliseconds of a tenant's statistics while its items wait in many jobs."""
+    async with opened(backend) as store:
+        for start in range(0, plan.open_items, JOB_ITEMS):
+            await hand_over(store, 0, [f"d{n}" for n in range(start, start + JOB_ITEMS)])
+        took = []
+        for _ in range(STATS_CALLS):
+            began = time.perf_counter()
+            found = await store.job_stats("t0")
+            took.append((time.perf_counter() - began) * 1e3)
+            if found.uploaded != plan.open_items:
+                raise RuntimeError(f"{found.uploaded} of {plan.open_items} items are open")
+        return took
+
+
 def measure(plan: Plan) -> dict[str, Any]:
     """Every backend in every round."""
     backends: list[Backend] = ["sqlite"]
@@ -178,23 +196,28 @@ def measure(plan: Plan) -> dict[str, Any]:
         backends.append("postgres")
     items: dict[str, list[float]] = {backend: [] for backend in backends}
     waits: dict[str, list[float]] = {backend: [] for backend in backends}
+    looks: dict[str, list[float]] = {backend: [] for backend in backends}
     for number in range(plan.rounds):
         for backend in backends:
             items[backend].append(asyncio.run(cycle(backend, plan)))
             waits[backend] += asyncio.run(kicks(backend, plan))
+            looks[backend] += asyncio.run(stats(backend, plan))
         print(f"round {number + 1} done", file=sys.stderr, flush=True)
     found: dict[str, Any] = {
         backend: {
             "items_s": spread(items[backend]),
-            "kick_ms": {
-                f"p{p * 100:.0f}": percentile(waits[backend], p) for p in (0.5, 0.95, 0.99)
-            },
+            "kick_ms": _percentiles(waits[backend]),
+            "stats_ms": _percentiles(looks[backend]),
         }
         for backend in backends
     }
     if "postgres" in found:
         found["sqlite_over_postgres"] = ratios(items["sqlite"], items["postgres"])
     return found
+
+
+def _percentiles(values: Sequence[float]) -> dict[str, float]:
+    return {f"p{part * 100:.0f}": percentile(values, part) for part in (0.5, 0.95, 0.99)}
 
 
 def real() -> dict[str, Any]:
@@ -216,10 +239,16 @@ def _real(target: Target) -> dict[str, Any]:
     while not job["is_complete"]:
         time.sleep(0.2)
         job = _call(base, target.key, f"/v1/jobs/{job['id']}")
+    total_s, looks = time.perf_counter() - began, []
+    for _ in range(STATS_CALLS):
+        asked_at = time.perf_counter()
+        _call(base, target.key, "/v1/stats")
+        looks.append((time.perf_counter() - asked_at) * 1e3)
     return {
         "documents": REAL_DOCUMENTS,
         "accepted_s": accepted_s,
-        "total_s": time.perf_counter() - began,
+        "total_s": total_s,
+        "stats_ms": _percentiles(looks),
         "succeeded": job["succeeded"],
         "failed": job["failed"],
     }
@@ -236,11 +265,11 @@ def _call(base: str, key: str, path: str, body: Mapping[str, Any] | None = None)
 def shown(result: Mapping[str, Any]) -> str:
     """The result for people."""
     rows = [
-        [name, one["items_s"], *one["kick_ms"].values()]
+        [name, one["items_s"], *one["kick_ms"].values(), one["stats_ms"]["p95"]]
         for name in ("sqlite", "postgres")
         if (one := result.get(name)) is not None
     ]
-    return table(("store", "items/s", "kick p50 ms", "p95", "p99"), rows)
+    return table(("store", "items/s", "kick p50 ms", "p95", "p99", "stats p95"), rows)
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -249,7 +278,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=Plan.rounds)
     parser.add_argument("--serve", action="store_true", help="also the whole service")
     options = parser.parse_args(words)
-    plan = Plan(1, 500, 20) if options.smoke else Plan(rounds=options.rounds)
+    plan = Plan(1, 500, 20, 1000) if options.smoke else Plan(rounds=options.rounds)
     result = measure(plan)
     if options.serve and not options.smoke:
         result["real"] = real()

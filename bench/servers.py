@@ -31,7 +31,9 @@ from serve.config import Settings
 from serve.jobs.owner import StoreOwner
 
 
-START_S_MAX = 180.0
+GRAPHS = ROOT / "data" / "graphs"
+"""Where `make serve` keeps graphs, too: only the first start of all makes one."""
+START_S_MAX = 300.0
 STOP_S_MAX = 60.0
 DEADLINE_S = 60
 """A busy machine must slow a load down, not turn it into refusals."""
@@ -58,6 +60,7 @@ class Site:
         args = raw["applications"][0]["args"]
         args["admission"]["tiers"]["enterprise"] = {"weight": 16}  # no limits
         args["limits"] = {"interactive_deadline_s": DEADLINE_S}
+        args["pools"][0]["graphs"] = str(GRAPHS)
         if fake:
             args["pools"][0]["models"] = [FAKE]
         config = folder / "config.yaml"

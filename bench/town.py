@@ -117,6 +117,7 @@ def _config(folder: Path, policies: Sequence[str], batch: Mapping[str, float], c
         {
             **pool,
             "name": policy,
+            "graphs": str(servers.GRAPHS),
             "models": [{**pool["models"][0], "id": _model(policy)}],
             "batch": {**pool["batch"], **batch},
             "cpus": cpus,

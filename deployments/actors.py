@@ -12,7 +12,8 @@ import importlib.metadata
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import ray
@@ -21,6 +22,7 @@ import ray.exceptions
 import ray.util
 
 from serve.config import Settings
+from serve.errors import Fenced
 
 
 log = logging.getLogger("headrace.actors")
@@ -39,6 +41,15 @@ START_S_MAX = 120.0
 
 LOOK_EVERY_S = 2.0
 """How often an actor looks after itself and its application."""
+
+ASK_S_MAX = 10.0
+"""Longest wait for Serve's controller: an actor looks after itself while that hangs, too."""
+
+RESTART_S = 1.0
+"""Before the end of an actor that could not start again: Ray restarts it at once."""
+
+_asking = ThreadPoolExecutor(1, "application")
+"""A question that hangs with the controller keeps this one thread, and none that others wait for."""
 
 
 def name_of(role: str, settings: Settings) -> str:
@@ -87,15 +98,17 @@ def start(actors: Mapping[str, Any], settings: Settings) -> None:
 
 
 def retire(name: str, timeout_s: float) -> None:
-    """Ask an actor to finish and leave; one that does not answer is fenced out by its successor.
+    """Ask an actor to finish and leave; one that does not is fenced out by its successor.
 
     A Ledger has no fence, and two would hand out everything twice: it is ended in any case.
     """
     try:
         leaving: Any = ray.get_actor(name, NAMESPACE).retire.options(max_task_retries=0)
         ray.get(leaving.remote(), timeout=timeout_s)
-    except (ValueError, ray.exceptions.RayError) as error:
-        log.info("%s left: %s", name, type(error).__name__)
+    except (ValueError, ray.exceptions.ActorDiedError):
+        log.info("%s has left", name)
+    except ray.exceptions.RayError as error:
+        log.warning("%s may not have left: %s", name, type(error).__name__)
     if name.startswith(f"{LEDGER}-"):
         with contextlib.suppress(ValueError):  # it has left
             ray.kill(ray.get_actor(name, NAMESPACE), no_restart=True)
@@ -115,6 +128,59 @@ def application_lives() -> bool:
     return any(INGRESS_DEPLOYMENT in application.deployments for application in applications)
 
 
+async def _lives() -> bool | None:
+    """Whether the application lives; None: nobody can say."""
+    asked = asyncio.get_running_loop().run_in_executor(_asking, application_lives)
+    try:
+        return await asyncio.wait_for(asked, ASK_S_MAX)
+    except Exception as error:  # noqa: BLE001  a named rim: the controller may be restarting
+        log.warning("cannot ask for the application: %r", error)
+        return None
+
+
+@contextlib.asynccontextmanager
+async def starting(role: str, settings: Settings) -> AsyncIterator[None]:
+    """Around the work of a constructor. To Ray one that raises is final, also after a restart: an
+    actor that was restarted ends its process instead, and is restarted again.
+
+    Raised all the same: Fenced; anything at a first start, so that a deployment fails where it is
+    seen; anything when nobody needs the actor any more.
+    """
+    try:
+        yield
+    except Fenced:
+        raise
+    except Exception:
+        if not await _needed_again(role, settings):
+            raise
+        log.exception("the %s could not start again; restarting", role)
+        await asyncio.sleep(RESTART_S)
+        os._exit(1)
+
+
+async def _needed_again(role: str, settings: Settings) -> bool:
+    """Whether this actor was restarted, has no successor, and its application lives, for all we know.
+
+    An actor that must leave cannot be told so while it starts.
+    """
+    if not await asyncio.to_thread(_restarted):
+        return False
+    others = set(await asyncio.to_thread(living, role)) - {name_of(role, settings)}
+    return not others and await _lives() is not False
+
+
+def _restarted() -> bool:
+    """Whether Ray has restarted the actor that calls this. Blocks on the cluster's directory."""
+    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
+def ended(task: asyncio.Task[None]) -> bool:
+    """Whether a task that is to run for ever has ended; the log says of what."""
+    if task.done() and not task.cancelled():
+        log.error("the actor's task has ended", exc_info=task.exception())
+    return task.done()
+
+
 State = Literal["works", "failed", "replaced", "leaving"]
 
 
@@ -123,24 +189,24 @@ async def watch(
 ) -> None:
     """End this actor when its work has failed (Ray restarts it), when a later deployment has
     replaced it, or when its application is gone for longer than the grace, which must be longer
-    than a redeploy. Nobody awaits this task, hence it never raises.
+    than a redeploy. Nobody awaits this task. It raises only what `leave` does, which is how Ray's
+    actors leave.
     """
     seen = time.monotonic() + START_S_MAX  # the application comes after the slowest of the actors
-    while (now := state()) != "leaving":
+    while True:
         await asyncio.sleep(LOOK_EVERY_S)
+        lives = await _lives()
+        if lives:
+            seen = time.monotonic()
+        now = state()  # after every wait: one that has begun to leave must not be restarted
+        if now == "leaving":
+            return
         if now == "failed":
             log.error("the actor's work has failed; restarting")
             os._exit(1)
         if now == "replaced":
             log.warning("a later deployment took over; leaving")
             await retire()
-        try:
-            lives = await asyncio.to_thread(application_lives)
-        except Exception as error:  # noqa: BLE001  a named rim: the controller may be restarting
-            log.warning("cannot ask for the application: %r", error)
-            continue
-        if lives:
-            seen = time.monotonic()
-        elif time.monotonic() - seen > grace_s:
+        elif lives is False and time.monotonic() - seen > grace_s:
             log.warning("the application is gone; leaving")
             await retire()

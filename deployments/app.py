@@ -31,8 +31,7 @@ def compose(args: Settings, embedders: Mapping[str, type]) -> Application:
     Durable folders become absolute here, because replicas have other working folders. `embedders`
     are by pool; a pool that is not named gets ours.
     """
-    data_dir = Path(os.environ.get(DATA_DIR, args.data_dir)).resolve()
-    settings = args.model_copy(update={"data_dir": str(data_dir)})
+    settings = args.under(Path(os.environ.get(DATA_DIR, args.data_dir)))
     open_vault(settings)  # a key that is missing must not be found out by a replica
     # Old ones leave in reverse: the Ledger last, because requests are served meanwhile.
     owner = {} if on_postgres(settings) else {STORE: StoreActor}

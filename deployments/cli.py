@@ -33,6 +33,7 @@ from deployments.places import (
 )
 from deployments.sources import SourceError
 from serve.config import Settings
+from serve.embedding.graphs import Graphs
 from serve.errors import BadInput, ServiceError
 
 
@@ -96,7 +97,7 @@ for command in (ingest, search, keys, tenants, audit):
     "--ray-temp-dir", type=click.Path(path_type=Path), help="Ray's temporary folder (short!)."
 )
 @click.option("--demo-keys/--no-demo-keys", default=True, help="Make keys for an empty Store.")
-@click.option("--timeout", default=180.0, show_default=True, help="Seconds until it must be ready.")
+@click.option("--timeout", default=300.0, show_default=True, help="Seconds until it must be ready.")
 def serve(
     config: Path,
     data_dir: str | None,
@@ -121,6 +122,7 @@ def serve(
         os.environ.setdefault("RAY_worker_niceness", "0")
         if profile == "fast":
             click.secho(f"Warning: {OPENED}", fg="yellow", err=True)
+        _announce_graphs(file.settings.under(folder))
         from deployments import local  # noqa: PLC0415  Ray reads its environment on import
 
         console = Console(stderr=True)
@@ -144,6 +146,19 @@ def serve(
 def _demo_tiers(settings: Settings) -> list[str]:
     tiers = list(settings.admission.tiers)
     return [tier for tier in ("free", "premium", "enterprise") if tier in tiers] or tiers[:1]
+
+
+def _announce_graphs(settings: Settings) -> None:
+    """The embedders make what is missing while they start."""
+    for pool in settings.pools:
+        folder = Path(pool.graphs)
+        for model in pool.models:
+            if model.engine == "onnx" and Graphs(folder).find(model) is None:
+                click.echo(
+                    f"Making an ONNX graph of {model.id}, once: this start takes up to a minute "
+                    f"longer. It is kept in {folder}.",
+                    err=True,
+                )
 
 
 def _welcome(file: DeployFile, folder: Path, made: "Mapping[str, MadeKey]") -> None:

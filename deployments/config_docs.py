@@ -20,11 +20,12 @@ PAGE = Path(__file__).parent.parent / "docs" / "config.md"
 INTRODUCTION = """\
 # Configuration
 
-<!-- Written by `make docs` from serve/config.py: do not edit. -->
+<!-- Written by `make docs` from serve/config: do not edit. -->
 
 These are the `args` of the application in `config.yaml`, in the order of that file. A key that is
-not listed here is refused, with its path. No value is read from the environment: where a secret is
-needed, the setting holds the name of an environment variable.
+not listed here is refused, with its path. No value but `data_dir`
+(`HEADRACE_DATA_DIR`) is read from the environment: where a secret is needed, the setting holds the name
+of an environment variable.
 
 `NAME` in a path is a name that you choose; `[]` is an element of a list.
 """

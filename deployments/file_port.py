@@ -1,6 +1,6 @@
 """The Store's port of files over its actor."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 from deployments.store_calls import StoreCalls
@@ -35,3 +35,7 @@ class FilePort(StoreCalls, Files):
     async def expired_files(self, limit: int) -> Sequence[StoredFile]:
         """See Files."""
         return cast("Sequence[StoredFile]", await self._call("expired_files", limit))
+
+    async def jobs_over(self, jobs: Sequence[str]) -> Mapping[str, bool]:
+        """See Files."""
+        return cast("Mapping[str, bool]", await self._call("jobs_over", jobs))

@@ -6,6 +6,7 @@ what the far side raised is its `cause`.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any, cast
@@ -49,15 +50,18 @@ from serve.records import (
 )
 
 
+log = logging.getLogger("headrace.handles")
+
 LOOK_AGAIN_S = 0.1
 """Between two look-ups of an actor that is restarting."""
 
 
 def caused(error: RayTaskError) -> ServiceError:
-    """What the far side raised; anything but our own errors is a fault of ours."""
+    """What the far side raised; anything but our own errors is a fault of ours, and is logged."""
     cause = error.cause
     if isinstance(cause, ServiceError):
         return cause
+    log.error("the far side failed: %s", error)
     return Internal(f"{type(cause).__name__} in a worker.")
 
 

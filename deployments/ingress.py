@@ -33,6 +33,7 @@ from serve.flows.jobs import JobFlow
 from serve.flows.models import Models
 from serve.flows.operators import OperatorFlow
 from serve.flows.search import SearchFlow
+from serve.flows.streams import Streams
 from serve.flows.usage import UsageFlow
 from serve.flows.webhooks import WebhookFlow
 from serve.index.lancedb import LanceIndex
@@ -74,7 +75,7 @@ class Ingress:
         self._ready: tuple[float, dict[str, bool]] = (-READY_CACHE_S, {})
         replica = get_replica_context().replica_tag
         self._quotas = open_quotas(settings, self._store, replica, settings.ingress.replicas)
-        self._feed = Feed(self._store, settings.jobs, time.monotonic)
+        self._feed = Feed(self._store, time.monotonic)
         self._tasks = [
             asyncio.create_task(self._quotas.run()),
             asyncio.create_task(self._feed.run()),
@@ -108,6 +109,7 @@ class Ingress:
             UsageFlow(context, self._store, queues),
             JobFlow(context, collections, self._store, self._store, queues=queues, files=files),
             self._feed,
+            Streams(settings),
             files,
             BatchFlow(context, collections, self._store, files),
             WebhookFlow(context, self._store, open_vault(settings)),

@@ -32,8 +32,12 @@ class JobPort(StoreCalls, Jobs, Queue, Events):
     async def submit_job(
         self, op: str, job: Job, items: Sequence[NewItem], once: Once | None = None
     ) -> Accepted:
-        """See Jobs."""
+        """See Handover."""
         return cast("Accepted", await self._call("submit_job", op, job, items, once))
+
+    async def first_job(self, tenant: str, once: Once) -> Job | None:
+        """See Handover."""
+        return cast("Job | None", await self._call("first_job", tenant, once))
 
     async def find_job(self, tenant: str, job: str) -> JobView | None:
         """See Jobs."""

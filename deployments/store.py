@@ -7,18 +7,18 @@ from typing import Any
 
 import ray
 
-from deployments.actors import State, leave, watch
+from deployments.actors import STORE, State, ended, leave, starting, watch
 from deployments.stores import tick
 from serve.config import Settings
 from serve.errors import Internal
-from serve.job_ports import Deliveries, Events, Files, Jobs, Queue, Webhooks
+from serve.job_ports import Deliveries, Events, Files, Handover, Jobs, Queue, Webhooks
 from serve.jobs.owner import StoreOwner
 from serve.ports import Collections, Fence, Keys, Tenants, Usage
 
 
 PORTS = (
-    *(Keys, Tenants, Usage, Collections, Fence, Jobs, Queue, Events, Files),
-    *(Webhooks, Deliveries),
+    *(Keys, Tenants, Usage, Collections, Fence),
+    *(Handover, Jobs, Queue, Events, Files, Webhooks, Deliveries),
 )
 CALLS = frozenset(name for port in PORTS for name in vars(port) if name[0] != "_")
 """The methods of the Store's ports: what `call` may call."""
@@ -32,15 +32,16 @@ class StoreActor:
         """Open the file, waiting for a predecessor's lock. `settings.data_dir` is absolute."""
         self._leaving = False
         path = Path(settings.data_dir) / settings.store.path
-        self._owner = await asyncio.to_thread(
-            StoreOwner,
-            path,
-            settings.store,
-            time.time,
-            collections_max=settings.limits.collections_max,
-            jobs=settings.jobs,
-            shares=settings.admission.shares,
-        )
+        async with starting(STORE, settings):
+            self._owner = await asyncio.to_thread(
+                StoreOwner,
+                path,
+                settings.store,
+                time.time,
+                collections_max=settings.limits.collections_max,
+                jobs=settings.jobs,
+                shares=settings.admission.shares,
+            )
         self._ticking = asyncio.create_task(tick(self._owner, settings.jobs.tick_s))
         self._watch = asyncio.create_task(
             watch(self._state, self.retire, grace_s=settings.actors.orphan_grace_s)
@@ -49,7 +50,7 @@ class StoreActor:
     def _state(self) -> State:
         if self._leaving:  # closing makes it unhealthy: that is no reason to be restarted
             return "leaving"
-        return "works" if self._owner.healthy else "failed"
+        return "works" if self._owner.healthy and not ended(self._ticking) else "failed"
 
     async def ready(self) -> bool:
         """Whether it can commit."""

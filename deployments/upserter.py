@@ -1,8 +1,6 @@
 """The single writer of the index, as a named actor around `serve.index.writer`."""
 
 import asyncio
-import logging
-import os
 import random
 import time
 from collections.abc import Sequence
@@ -10,16 +8,25 @@ from pathlib import Path
 
 import ray
 
-from deployments.actors import START_S_MAX, UPSERTER, State, leave, watch
+from deployments.actors import (
+    START_S_MAX,
+    UPSERTER,
+    State,
+    ended,
+    leave,
+    starting,
+    watch,
+)
 from deployments.stores import Store, close_store, open_store
 from serve.config import Settings
-from serve.errors import StoreUnavailable
+from serve.errors import Overloaded, StoreUnavailable
 from serve.index.lancedb import LanceIndex
 from serve.index.writer import Writer
 from serve.records import CollectionSpec, Outcome, Write
 
 
-log = logging.getLogger("headrace.upserter")
+AWAY_S = 0.5
+"""Between two tries while the Store is away."""
 
 
 @ray.remote
@@ -30,12 +37,13 @@ class UpserterActor:
         """Take the epoch, open and warm the index, drop what was deleted but not yet gone."""
         self._settings = settings
         self._leaving = False
-        store = self._store = await asyncio.to_thread(open_store, settings)
-        epoch = await _take_epoch(store, deploy_seq, settings)
-        index = LanceIndex(str(Path(settings.data_dir) / settings.index.uri), settings.index)
-        for gone in await store.deleted_collections():
-            await index.drop(gone.uuid)
-            await store.purge_collection(gone.uuid)
+        async with starting(UPSERTER, settings):
+            store = self._store = await asyncio.to_thread(open_store, settings)
+            epoch = await _take_epoch(store, deploy_seq, settings)
+            index = LanceIndex(str(Path(settings.data_dir) / settings.index.uri), settings.index)
+            for gone in await store.deleted_collections():
+                await index.drop(gone.uuid)
+                await store.purge_collection(gone.uuid)
         self._writer = Writer(
             index,
             store,
@@ -55,7 +63,7 @@ class UpserterActor:
             return "leaving"
         if self._writer.fenced:
             return "replaced"
-        return "failed" if self._running.done() else "works"
+        return "failed" if ended(self._running) else "works"
 
     async def ready(self) -> bool:
         """Whether it takes offers."""
@@ -90,7 +98,7 @@ class UpserterActor:
 
 
 async def _take_epoch(store: Store, deploy_seq: int, settings: Settings) -> int:
-    """Wait for a Store that starts beside us or hands over: a constructor that raises is final.
+    """Wait for a Store that starts beside us or hands over.
 
     Raises Fenced when a later deployment writes: then this actor must not live.
     """
@@ -98,7 +106,7 @@ async def _take_epoch(store: Store, deploy_seq: int, settings: Settings) -> int:
     while True:
         try:
             return await store.take_epoch(UPSERTER, deploy_seq)
-        except StoreUnavailable:
+        except (StoreUnavailable, Overloaded):
             if time.monotonic() > expires:
-                log.exception("the Store did not come; restarting")
-                os._exit(1)
+                raise
+            await asyncio.sleep(AWAY_S)

@@ -9,6 +9,7 @@ No redirects, and no proxies from the environment: `httpcore2` knows neither. AD
 
 import asyncio
 import ipaddress
+import math
 import re
 import socket
 import ssl
@@ -34,9 +35,9 @@ CONNECT_S_MAX = 3.0
 """Tries of one connection, and the longest of each: a lost SYN is sent again after 1 s. All four fit
 into the default time limit."""
 
-RESOLVER_THREADS = 16
-"""A lookup that hangs (up to 30 s with common resolvers) holds a thread and cannot be cancelled: it
-must not be one that the rest of the process waits for."""
+LOOKUP_S_MAX = 30.0
+"""How long common resolvers try. A lookup cannot be cancelled: its thread hangs on after the exchange
+has run into its time limit."""
 
 REASON_CHARS_MAX = 200
 """Of a network error's text; it is kept with each delivery."""
@@ -165,7 +166,12 @@ class EgressClient:
     ) -> None:
         """`resolve`, `network` and `tls` default to the system's."""
         self._settings = settings
-        self._threads = ThreadPoolExecutor(RESOLVER_THREADS, "egress-resolver")
+        # For each connection one that is asked, and those of earlier exchanges that still hang: with
+        # the defaults 3, 192 in all. Were there fewer, a tenant whose name servers are silent could
+        # keep others' names waiting. Threads are made only when needed, and they are not those that
+        # the rest of the process waits for.
+        lookups = 1 + math.ceil(LOOKUP_S_MAX / settings.timeout_s)
+        self._threads = ThreadPoolExecutor(lookups * settings.connections_max, "egress-resolver")
         self._pool = httpcore2.AsyncConnectionPool(
             ssl_context=tls or httpcore2.default_ssl_context(),
             max_connections=settings.connections_max,

@@ -76,7 +76,7 @@ class Job:
         collection: uuid of where its vectors land; empty: nowhere.
         on_error: whether the first dead item ends the job.
         files: ids of files by role: `input`, `output`, `error`.
-        times: epoch seconds at which it came to a state, by state; `expires` when it will end.
+        times: epoch seconds at which it came to a state, by state, or began to stop, by the reason.
         total: items, of which `done`, `skipped`, `dead` and `cancelled` have ended.
         tokens: true tokens of what was embedded.
         cost_left: estimated tokens of what has not ended.
@@ -273,12 +273,14 @@ Change = Literal["cancel", "pause", "resume"]
 class Replay:
     """Which dead items are tried again: with this error code, of this number, or all.
 
-    `dry_run`: none; they are only counted.
+    `dry_run`: none; they are only counted. `part`: only those from the first number to before the
+    second, so that a large job comes in several transactions.
     """
 
     error_code: str | None = None
     seq: int | None = None
     dry_run: bool = False
+    part: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,7 +335,7 @@ class StageCount:
 
 @dataclass(frozen=True, slots=True)
 class JobView:
-    """A job with its counts by stage, and the tenant's cost that stands in front of it."""
+    """A job with its counts by stage."""
 
     job: Job
     counts: Sequence[StageCount] = ()

@@ -3,7 +3,7 @@
 They are ports like those of `serve.ports`, implemented by the Store and by `deployments`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from serve.items import (
@@ -31,8 +31,8 @@ from serve.items import (
 from serve.webhooks import Delivery, DeliveryState, Due, Share, Tried, Webhook
 
 
-class Jobs(Protocol):
-    """Jobs in the Store, as their tenant sees them; every call is scoped to one tenant."""
+class Handover(Protocol):
+    """How jobs come into the Store, each once."""
 
     async def submit_job(
         self, op: str, job: Job, items: Sequence[NewItem], once: Once | None = None
@@ -40,10 +40,21 @@ class Jobs(Protocol):
         """Keep a job and its items, and grant a generation to each document write, all or nothing.
 
         Documents whose content has landed already are `skipped` at once. Raises NotFound (the
-        collection or the webhook is gone), QuotaExceeded (open jobs or items of the tenant), Conflict (the
-        idempotency key was used for something else: code `idempotency_mismatch`).
+        collection or the webhook is gone), QuotaExceeded (open jobs, items or tokens of the tenant),
+        Mismatch (the idempotency key was used for something else).
         """
         ...
+
+    async def first_job(self, tenant: str, once: Once) -> Job | None:
+        """The job that this idempotency key has made, if any; to be asked before anything else.
+
+        What the job was made from may be gone since. Raises Mismatch (it was for something else).
+        """
+        ...
+
+
+class Jobs(Handover, Protocol):
+    """Jobs in the Store, as their tenant sees them; every call is scoped to one tenant."""
 
     async def find_job(self, tenant: str, job: str) -> JobView | None:
         """One job with its counts by stage."""
@@ -106,7 +117,7 @@ class Queue(Protocol):
     async def add_items(self, item: int, lease: int, start: int, items: Sequence[NewItem]) -> bool:
         """More items for the job of an `expand` item, numbered from `start`; repeats change nothing.
 
-        False when the lease is over.
+        False when the lease is over. Raises QuotaExceeded (open items or tokens of the tenant).
         """
         ...
 
@@ -157,7 +168,7 @@ class Files(Protocol):
     async def list_files(
         self, tenant: str, purpose: str | None, order: Order, after: str, limit: int
     ) -> Sequence[StoredFile]:
-        """The tenant's files by age, those behind the file `after`. Raises NotFound for that one."""
+        """The tenant's files by age, those behind the id `after`, whether or not it is there still."""
         ...
 
     async def delete_file(self, op: str, tenant: str, file: str) -> bool:
@@ -166,6 +177,13 @@ class Files(Protocol):
 
     async def expired_files(self, limit: int) -> Sequence[StoredFile]:
         """Files of all tenants whose time is over, with their bytes still to remove."""
+        ...
+
+    async def jobs_over(self, jobs: Sequence[str]) -> Mapping[str, bool]:
+        """Which of these jobs, of whatever tenant, there are, and whether their own blobs may go.
+
+        True: the job has ended, and nothing of it can be tried again from them.
+        """
         ...
 
 
@@ -195,7 +213,7 @@ class Webhooks(Protocol):
         ...
 
     async def delete_webhook(self, op: str, tenant: str, webhook: str) -> bool:
-        """Forget a webhook and give up what waits for it; whether there was one."""
+        """Forget a webhook; whether there was one. What waits for it is given up soon after."""
         ...
 
 

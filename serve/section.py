@@ -1,6 +1,15 @@
-"""What every settings model is."""
+"""What every settings model is, and the names that settings are made of."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+"""Of a tier, a pool, a worker."""
+
+EnvName = Annotated[str, Field(pattern=r"^([A-Z][A-Z0-9_]{0,127})?$")]
+"""Of an environment variable that holds a secret; empty: none."""
 
 
 class Section(BaseModel):

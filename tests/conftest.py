@@ -2,6 +2,8 @@
 
 import os
 import random
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,11 @@ for _name in [name for name in os.environ if name.startswith("HEADRACE_")]:
 os.environ["RAY_AUTH_MODE"] = "disabled"  # Ray 2.60 starts with token authentication on
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Half of a test's time went to waiting for a disk: what is written here need not survive the machine.
+MEMORY, MEMORY_BYTES_MIN = Path("/dev/shm"), 2 * 2**30  # noqa: S108  pytest makes its own folder in it
+if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > MEMORY_BYTES_MIN:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 
 class FrozenClock:

@@ -211,9 +211,8 @@ async def serve(settings: Settings, folder: Path, port: int) -> None:
     store = await asyncio.to_thread(
         StoreOwner, folder / settings.store.path, settings.store, time.time, jobs=settings.jobs
     )
-    here = settings.model_copy(update={"data_dir": str(folder)})
     try:
-        await (await Ceiling.open(here, store)).run(port)
+        await (await Ceiling.open(settings.under(folder), store)).run(port)
     finally:
         store.close()
 

@@ -19,7 +19,7 @@ from serve.api.shapes import (
     TenantList,
     TenantShown,
 )
-from serve.api.wire import REF, Body, documented, number, query, read, reply
+from serve.api.wire import REF, Body, documented, number, page_size, query, read, reply
 from serve.flows.operators import PAGE_MAX, MadeKey
 from serve.records import AuditEntry, Key, Tenant
 
@@ -98,7 +98,7 @@ async def list_keys(order: Ordered) -> Response:
     """Live keys, by id."""
     asked = order.request.query_params
     keys = await order.operators.list_keys(
-        asked.get("tenant"), asked.get("after", ""), _page(order)
+        asked.get("tenant"), asked.get("after", ""), page_size(order.request, PAGE, PAGE_MAX)
     )
     return reply({"object": "list", "data": [_key(key) for key in keys]})
 
@@ -148,7 +148,7 @@ async def revoke_key(key_id: str, order: Ordered) -> Response:
 async def list_tenants(order: Ordered) -> Response:
     """Tenants, by name."""
     after = order.request.query_params.get("after", "")
-    tenants = await order.operators.list_tenants(after, _page(order))
+    tenants = await order.operators.list_tenants(after, page_size(order.request, PAGE, PAGE_MAX))
     return reply({"object": "list", "data": [_tenant(tenant) for tenant in tenants]})
 
 
@@ -186,14 +186,9 @@ async def audit(order: Ordered) -> Response:
     entries = await order.operators.audit(
         order.request.query_params.get("tenant"),
         number(order.request, "before"),
-        _page(order),
+        page_size(order.request, PAGE, PAGE_MAX),
     )
     return reply({"object": "list", "data": [_entry(entry) for entry in entries]})
-
-
-def _page(order: Ordered) -> int:
-    limit = number(order.request, "limit")
-    return PAGE if limit is None else limit
 
 
 def _key(key: Key) -> dict[str, Any]:

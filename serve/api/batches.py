@@ -10,7 +10,7 @@ from serve.api.files import EXPIRES_S_MAX, EXPIRES_S_MIN, page
 from serve.api.idempotency import IDEMPOTENCY_PARAMETER, REPLAYED, once
 from serve.api.openai_shapes import BatchList, BatchShown
 from serve.api.service import Asked
-from serve.api.wire import Body, documented, page_size, query, read, reply
+from serve.api.wire import Body, Id, documented, page_size, query, read, reply
 from serve.errors import BadInput
 from serve.flows.batch import BatchRequest
 from serve.flows.batch_file import ENDPOINT
@@ -53,7 +53,7 @@ class BatchBody(Body):
 
     model_config = ConfigDict(extra="allow")
 
-    input_file_id: Annotated[str, Field(min_length=1, max_length=128)]
+    input_file_id: Id
     endpoint: Literal["/v1/embeddings"]
     completion_window: Literal["24h"]
     metadata: (
@@ -67,7 +67,7 @@ class BatchBody(Body):
         | None
     ) = None
     output_expires_after: ExpiresAfter | None = None
-    collection: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    collection: Id | None = None
 
 
 @router.post(

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from serve.api.service import Asked
 from serve.api.shapes import CollectionDeleted, CollectionList, CollectionShown
-from serve.api.wire import Body, documented, read, reply
+from serve.api.wire import Body, Id, documented, read, reply
 from serve.records import Collection
 
 
@@ -18,7 +18,7 @@ class CollectionBody(Body):
     """A new collection."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
-    model: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    model: Id | None = None
 
 
 @router.post(

@@ -12,7 +12,7 @@ from serve.api.receipts import receipt
 from serve.api.service import DEADLINE_PARAMETER, Ask, Asked
 from serve.api.shapes import DocumentsAccepted, DocumentsWritten
 from serve.api.wire import Body, documented, read, reply
-from serve.content.documents import Document
+from serve.content.documents import Document, check_id
 from serve.errors import BadInput
 from serve.flows.ingest import DocumentResult, Level, Taken, Terms
 
@@ -104,6 +104,8 @@ async def delete_documents(name: str, ask: Asked) -> Response:
     ids_max = ask.service.context.settings.limits.documents_max
     if len(body.ids) > ids_max:
         raise BadInput(f"At most {ids_max} ids are allowed.", param="ids")
+    for position, document in enumerate(body.ids):
+        check_id(document, f"ids[{position}]", ask.service.context.settings.limits)
     ids = list(dict.fromkeys(body.ids))
     return _answer(await ask.service.ingest.delete(ask.who, name, ids, _terms(ask, body)))
 

@@ -1,17 +1,17 @@
 """`/v1/files`, as OpenAI's specification has it, for batches."""
 
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast, get_args
 
 from fastapi import APIRouter, Request, Response
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
-from starlette.responses import StreamingResponse
 
 from serve.api.openai_shapes import FileDeleted, FileList, FileShown
 from serve.api.service import Asked
+from serve.api.sse import HeldStream
 from serve.api.wire import page_size, query, reply
 from serve.content.blobs import PIECE_BYTES
 from serve.errors import BadInput
@@ -111,12 +111,22 @@ async def find_file(file_id: str, ask: Asked) -> Response:
     return reply(shown(await ask.service.files.find(ask.who, file_id)))
 
 
-@free.get("/v1/files/{file_id}/content", response_class=StreamingResponse, responses=BYTES)
+@free.get(
+    "/v1/files/{file_id}/content", status_code=200, response_class=HeldStream, responses=BYTES
+)
 async def read_file(file_id: str, ask: Asked) -> Response:
     """A file's bytes."""
     file, pieces = await ask.service.files.content(ask.who, file_id)
+    first = await anext(pieces, b"")  # where the bytes are gone, this is a 404 and not a broken 200
+
+    async def whole(_: float) -> AsyncGenerator[bytes, None]:
+        yield first
+        async for piece in pieces:
+            yield piece
+
     headers = {"content-length": str(file.size)}
-    return StreamingResponse(pieces, headers=headers, media_type="application/octet-stream")
+    place = ask.service.streams.open(ask.who.tenant)
+    return HeldStream(place, whole, headers=headers, media_type="application/octet-stream")
 
 
 @free.delete("/v1/files/{file_id}", responses={200: {"model": FileDeleted}})
@@ -165,6 +175,8 @@ async def _form(request: Request) -> AsyncIterator[FormData]:
         form = await request.form(max_files=1, max_fields=FIELDS_MAX, max_part_size=FIELD_BYTES_MAX)
     except HTTPException as error:
         raise BadInput(f"The form is not valid: {error.detail}", param="body") from None
+    except UnicodeError:  # a charset such as `undefined`, which Python knows and never decodes
+        raise BadInput("The form's charset is not valid.", param="content-type") from None
     try:
         yield form
     finally:

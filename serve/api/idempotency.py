@@ -39,6 +39,9 @@ def once(request: Request, body: Body, kept_s: float) -> Once | None:
         raise BadInput(
             "An Idempotency-Key has 1 to 255 visible ASCII characters.", param="Idempotency-Key"
         )
-    canonical = orjson.dumps(body.model_dump(by_alias=True), option=orjson.OPT_SORT_KEYS)
+    try:
+        canonical = orjson.dumps(body.model_dump(by_alias=True), option=orjson.OPT_SORT_KEYS)
+    except (TypeError, ValueError):  # pydantic and orjson write fewer levels than orjson reads
+        raise BadInput("The body is nested too deeply.", code="invalid_json") from None
     begin = f"{request.method} {request.url.path}\n".encode()
     return Once(key, hashlib.sha256(begin + canonical).hexdigest(), kept_s)

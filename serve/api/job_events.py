@@ -18,7 +18,7 @@ from serve.api.job_shapes import (
 from serve.api.service import Ask, Asked
 from serve.api.sse import PING, STREAMED, EventStream, Responses, message
 from serve.api.wire import number, query, reply, whole
-from serve.errors import BadInput, ServiceError
+from serve.errors import ServiceError
 from serve.flows.jobs import JobSeen
 
 
@@ -61,7 +61,9 @@ async def stream_job(job_id: str, ask: Asked) -> Response:
     seen = await ask.service.jobs.find(ask.who, job_id)
     if after is not None and seen.job.ended and not await feed.missed(tenant, job_id, after):
         return Response(status_code=204)
-    return EventStream(feed.stream(tenant), lambda until: _followed(ask, seen, begin, until))
+    return EventStream(
+        ask.service.streams.open(tenant), lambda until: _followed(ask, seen, begin, until)
+    )
 
 
 @router.get("/v1/stats", responses={200: {"model": StatsShown}})
@@ -81,10 +83,8 @@ async def show_stats(ask: Asked) -> Response:
 )
 async def show_operations(ask: Asked) -> Response:
     """How often each operation on the tenant's items succeeds, and how long it takes."""
-    days = number(ask.request, "days")
+    days = number(ask.request, "days", least=1, most=DAYS_MAX)
     days = DAYS if days is None else days
-    if not 1 <= days <= DAYS_MAX:
-        raise BadInput(f"days must be from 1 to {DAYS_MAX}.", param="days")
     efforts = await ask.service.jobs.efforts(ask.who, days)
     return reply({"object": "list", "days": days, "data": operations_shown(efforts)})
 
@@ -92,7 +92,9 @@ async def show_operations(ask: Asked) -> Response:
 @router.get("/v1/stats/events", status_code=200, response_class=EventStream, responses=STREAMED)
 async def stream_stats(ask: Asked) -> Response:
     """The same, again and again."""
-    return EventStream(ask.service.feed.stream(ask.who.tenant), lambda until: _repeated(ask, until))
+    return EventStream(
+        ask.service.streams.open(ask.who.tenant), lambda until: _repeated(ask, until)
+    )
 
 
 async def _followed(

@@ -1,12 +1,11 @@
 """`/v1/jobs`: hand work over, see how far it is, change it, and read what became of it."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Annotated, Any, Literal, get_args
 
 import orjson
 from fastapi import APIRouter, Response
 from pydantic import Field
-from starlette.responses import StreamingResponse
 
 from serve.api.documents import LIST_MAX, DocumentBody
 from serve.api.idempotency import IDEMPOTENCY_PARAMETER, REPLAYED, once
@@ -20,7 +19,8 @@ from serve.api.job_shapes import (
 )
 from serve.api.receipts import receipt
 from serve.api.service import Ask, Asked
-from serve.api.wire import Body, documented, number, page_size, query, read, reply, words
+from serve.api.sse import HeldStream
+from serve.api.wire import Body, Id, documented, number, page_size, query, read, reply, words
 from serve.content.documents import Document
 from serve.errors import BadInput
 from serve.flows.jobs import JobRequest, JobSeen
@@ -44,6 +44,9 @@ ITEMS = 100
 
 PAIRS_MAX = 16
 
+SEQ_MAX = 2**31 - 1
+"""The Store numbers a job's items with 32 bits."""
+
 JSONL: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/jsonl": {"schema": {"type": "string"}}}}
 }
@@ -60,16 +63,16 @@ class JobBody(Body):
     """
 
     kind: Literal["documents"] = "documents"
-    collection: Annotated[str, Field(min_length=1, max_length=128)]
+    collection: Id
     items: Annotated[
         list[DocumentBody], Field(fail_fast=True, max_length=LIST_MAX, default_factory=list)
     ]
-    file: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    file: Id | None = None
     klass: Annotated[Klass, Field(alias="class")] = "bulk"
     priority: Annotated[int, Field(ge=0, le=100)] = 50
     on_error: Literal["continue", "stop"] = "continue"
     expires_in: Annotated[int, Field(ge=1)] | None = None
-    webhook: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    webhook: Id | None = None
     metadata: Annotated[
         dict[
             Annotated[str, Field(min_length=1, max_length=64)],
@@ -83,8 +86,8 @@ class RetryBody(Body):
     """Which dead items are tried again: exactly one of `all`, `error_code` and `seq`."""
 
     all: Literal[True] | None = None
-    error_code: Annotated[str, Field(min_length=1, max_length=128)] | None = None
-    seq: Annotated[int, Field(ge=0)] | None = None
+    error_code: Id | None = None
+    seq: Annotated[int, Field(ge=0, le=SEQ_MAX)] | None = None
     dry_run: bool = False
 
 
@@ -128,7 +131,7 @@ async def retry_job(job_id: str, ask: Asked) -> Response:
     "/v1/jobs",
     openapi_extra={
         "parameters": [
-            query("kind", "Only jobs of this kind."),
+            query("kind", "Only jobs of this kind; may be given several times."),
             query("state", STATE),
             query("after", "The id of the last job of the page before."),
             query("limit", "Jobs in a page.", minimum=1, maximum=JOBS_MAX),
@@ -142,7 +145,7 @@ async def list_jobs(ask: Asked) -> Response:
     limit = page_size(ask.request, JOBS, JOBS_MAX)
     jobs = await ask.service.jobs.list(
         ask.who,
-        kind=kinds[0] if kinds else None,
+        kind=kinds[0] if len(kinds) == 1 else None,
         states=words(ask.request, "state", get_args(JobState)),
         after=ask.request.query_params.get("after", ""),
         limit=limit + 1,
@@ -161,7 +164,12 @@ async def find_job(job_id: str, ask: Asked) -> Response:
     openapi_extra={
         "parameters": [
             query("state", STATE),
-            query("after", "The `seq` of the last item of the page before.", minimum=0),
+            query(
+                "after",
+                "The `seq` of the last item of the page before.",
+                minimum=0,
+                maximum=SEQ_MAX,
+            ),
             query("limit", "Items in a page.", minimum=1, maximum=ITEMS_MAX),
         ]
     },
@@ -169,7 +177,7 @@ async def find_job(job_id: str, ask: Asked) -> Response:
 )
 async def list_items(job_id: str, ask: Asked) -> Response:
     """A job's items, by number."""
-    after = number(ask.request, "after")
+    after = number(ask.request, "after", most=SEQ_MAX)
     limit = page_size(ask.request, ITEMS, ITEMS_MAX)
     items = await ask.service.jobs.items(
         ask.who,
@@ -181,11 +189,12 @@ async def list_items(job_id: str, ask: Asked) -> Response:
     return _page([item_shown(item) for item in items], limit)
 
 
-@free.get("/v1/jobs/{job_id}/results", response_class=StreamingResponse, responses=JSONL)
+@free.get("/v1/jobs/{job_id}/results", status_code=200, response_class=HeldStream, responses=JSONL)
 async def stream_results(job_id: str, ask: Asked) -> Response:
     """Every item that has ended, by number: a line of JSON each."""
     await ask.service.jobs.find(ask.who, job_id)
-    return StreamingResponse(_results(ask, job_id), media_type="application/jsonl")
+    place = ask.service.streams.open(ask.who.tenant)
+    return HeldStream(place, lambda _: _results(ask, job_id), media_type="application/jsonl")
 
 
 @free.post("/v1/jobs/{job_id}/cancel", responses={200: {"model": JobShown}})
@@ -194,13 +203,13 @@ async def cancel_job(job_id: str, ask: Asked) -> Response:
     return await _changed(ask, job_id, "cancel")
 
 
-@free.post("/v1/jobs/{job_id}/pause", responses={200: {"model": JobShown}})
+@router.post("/v1/jobs/{job_id}/pause", responses={200: {"model": JobShown}})
 async def pause_job(job_id: str, ask: Asked) -> Response:
     """Begin no more items of a job until it is resumed; its expiry holds all the same."""
     return await _changed(ask, job_id, "pause")
 
 
-@free.post("/v1/jobs/{job_id}/resume", responses={200: {"model": JobShown}})
+@router.post("/v1/jobs/{job_id}/resume", responses={200: {"model": JobShown}})
 async def resume_job(job_id: str, ask: Asked) -> Response:
     """Go on with a job that was paused."""
     return await _changed(ask, job_id, "resume")
@@ -224,7 +233,7 @@ async def _changed(ask: Ask, job_id: str, change: Change) -> Response:
     return reply(job_shown(await ask.service.jobs.change(ask.who, job_id, change)))
 
 
-async def _results(ask: Ask, job_id: str) -> AsyncIterator[bytes]:
+async def _results(ask: Ask, job_id: str) -> AsyncGenerator[bytes, None]:
     async for items in ask.service.jobs.results(ask.who, job_id):
         lines = [orjson.dumps(item_shown(item), option=orjson.OPT_APPEND_NEWLINE) for item in items]
         yield b"".join(lines)

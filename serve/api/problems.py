@@ -51,7 +51,7 @@ TABLE: dict[type[ServiceError], Row] = {
     Forbidden: Row("invalid_request_error", "Not allowed"),
     NotFound: Row("invalid_request_error", "Not found"),
     MethodNotAllowed: Row("invalid_request_error", "The method is not supported here"),
-    Conflict: Row("invalid_request_error", "It exists already"),
+    Conflict: Row("invalid_request_error", "Not possible in its present state"),
     Mismatch: Row("invalid_request_error", "The key was used with another request"),
     TooLarge: Row("invalid_request_error", "The body is too large"),
     PoisonInput: Row("invalid_request_error", "An input cannot be embedded"),

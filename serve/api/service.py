@@ -12,6 +12,7 @@ from typing import Annotated, Any, cast
 from fastapi import Depends, Request
 
 from serve.admission.keys import Door, parse, require_admin
+from serve.api.wire import refuse_nul
 from serve.errors import BadInput
 from serve.flows.batch import BatchFlow
 from serve.flows.collections import CollectionFlow
@@ -23,6 +24,7 @@ from serve.flows.ingest import IngestFlow
 from serve.flows.jobs import JobFlow
 from serve.flows.operators import OperatorFlow
 from serve.flows.search import SearchFlow
+from serve.flows.streams import Streams
 from serve.flows.usage import UsageFlow
 from serve.flows.webhooks import WebhookFlow
 from serve.records import Caller
@@ -42,6 +44,7 @@ class Service:
     usage: UsageFlow
     jobs: JobFlow
     feed: Feed
+    streams: Streams
     files: FileFlow
     batches: BatchFlow
     webhooks: WebhookFlow
@@ -104,7 +107,8 @@ async def service(request: Request) -> Service:
 
 
 async def ask(request: Request) -> Ask:
-    """Who is asking; also notes it for the rate headers. Raises Unauthorized."""
+    """Who is asking; also notes it for the rate headers. Raises Unauthorized, BadInput."""
+    refuse_nul(request)
     found, state = await service(request), request.scope["state"]
     if "caller" not in state:  # `Gate` has let everybody in who comes to a charged route
         state["caller"] = await found.door.caller(request.headers.get("authorization"))

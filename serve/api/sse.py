@@ -1,11 +1,12 @@
-"""Server-sent events: streams that end by themselves, and hold a place of their tenant's meanwhile.
+"""Replies that are sent bit by bit: they end by themselves, and hold a place of their tenant's meanwhile.
+Server-sent events are some of them.
 
 FastAPI brings the wire form; `sse-starlette` would patch the server class on import and poll for its
 shutdown, which it cannot see in a Ray replica.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AbstractContextManager, aclosing, suppress
 from typing import Any
 
@@ -42,12 +43,36 @@ STREAMED: Responses = {200: {"content": {"text/event-stream": {"schema": _EVENT}
 """`responses` of a route that streams events."""
 
 
-class EventStream(StreamingResponse):
-    """Sends what `messages` yields until its end. `place` is held meanwhile.
+class HeldStream(StreamingResponse):
+    """Sends what `pieces` yields until its end. `place` is held meanwhile.
 
-    `messages` is told when to end, on the loop's clock, which is what `place` yields. What `place`
+    `pieces` is told when to end, on the loop's clock, which is what `place` yields. What `place`
     raises is answered as any other failure.
     """
+
+    def __init__(
+        self,
+        place: AbstractContextManager[float],
+        pieces: Callable[[float], AsyncGenerator[bytes, None]],
+        *,
+        headers: Mapping[str, str] | None = None,
+        media_type: str | None = None,
+    ) -> None:
+        super().__init__((), headers=headers, media_type=media_type)
+        self._place = place
+        self._pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        with self._place as until, suppress(TimeoutError):
+            async with aclosing(self._pieces(until)) as pieces:
+                self.body_iterator = pieces
+                async with asyncio.timeout_at(until + STUCK_S):
+                    await super().__call__(scope, receive, send)
+
+
+class EventStream(HeldStream):
+    """Sends events, each made by `message`."""
 
     media_type = "text/event-stream"
 
@@ -56,17 +81,7 @@ class EventStream(StreamingResponse):
         place: AbstractContextManager[float],
         messages: Callable[[float], AsyncGenerator[bytes, None]],
     ) -> None:
-        super().__init__((), headers=HEADERS)
-        self._place = place
-        self._messages = messages
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        with self._place as until, suppress(TimeoutError):
-            async with aclosing(self._messages(until)) as messages:
-                self.body_iterator = messages
-                async with asyncio.timeout_at(until + STUCK_S):
-                    await super().__call__(scope, receive, send)
+        super().__init__(place, messages, headers=HEADERS)
 
 
 def message(kind: str, data: Any, number: int | None = None, *, first: bool = False) -> bytes:

@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import orjson
 from fastapi import Request, Response
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serve.errors import BadInput
 
@@ -17,7 +17,14 @@ Word = TypeVar("Word", bound=str)
 DETAIL_CHARS_MAX = 300
 """Of a validation message, and of a field's path: both may quote what was sent."""
 
+NUMBER_MAX = 10**15 - 1
 _WHOLE = re.compile(r"[0-9]{1,15}")
+
+NUL = "\x00"
+"""No text of ours holds it, and Postgres keeps none that does."""
+
+Id = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x00]+$")]
+"""A name or an id of something of ours, in a body."""
 
 REF = "#/components/schemas/{model}"
 
@@ -60,9 +67,12 @@ async def read(request: Request, model: type[M]) -> M:
         raise BadInput(f"{param}: {first['msg']}"[:DETAIL_CHARS_MAX], param=param) from None
 
 
-def number(request: Request, name: str) -> int | None:
+def number(request: Request, name: str, *, least: int = 0, most: int = NUMBER_MAX) -> int | None:
     """A query parameter that is a whole number, where it is given. Raises BadInput."""
-    return whole(name, request.query_params.get(name))
+    found = whole(name, request.query_params.get(name))
+    if found is not None and not least <= found <= most:
+        raise BadInput(f"{name} must be from {least} to {most}.", param=name)
+    return found
 
 
 def whole(name: str, text: str | None) -> int | None:
@@ -76,12 +86,8 @@ def whole(name: str, text: str | None) -> int | None:
 
 def page_size(request: Request, default: int, most: int) -> int:
     """The query's `limit`. Raises BadInput."""
-    limit = number(request, "limit")
-    if limit is None:
-        return default
-    if not 1 <= limit <= most:
-        raise BadInput(f"limit must be from 1 to {most}.", param="limit")
-    return limit
+    limit = number(request, "limit", least=1, most=most)
+    return default if limit is None else limit
 
 
 def words(request: Request, name: str, allowed: tuple[Word, ...]) -> list[Word]:
@@ -91,6 +97,16 @@ def words(request: Request, name: str, allowed: tuple[Word, ...]) -> list[Word]:
     if len(set(given)) != len(found):
         raise BadInput(f"{name} must be one of: {', '.join(allowed)}.", param=name)
     return found
+
+
+def refuse_nul(request: Request) -> None:
+    """Raises BadInput that names the path or the query parameter."""
+    if NUL in request.scope["path"]:
+        raise BadInput("A path must not hold the character NUL.", param="path")
+    if b"%00" in request.scope["query_string"]:
+        for name, text in request.query_params.multi_items():
+            if NUL in name + text:
+                raise BadInput("A query must not hold the character NUL.", param=name)
 
 
 def path(loc: Sequence[int | str]) -> str:

@@ -63,8 +63,7 @@ class LocalBlobs:
             async for part in _gathered(pieces):
                 size += len(part)
                 _check(size, bytes_max)
-                await _in_thread(_append, partial, part)
-                digest.update(part)
+                await _in_thread(_append, partial, part, digest.update)
             await _in_thread(_finish, partial, path)
         except BaseException:
             with suppress(OSError):
@@ -81,7 +80,8 @@ class LocalBlobs:
     ) -> AsyncIterator[bytes]:
         """A blob's bytes from `start` to before `stop`, a piece at a time.
 
-        Raises NotFound in the midst of it when the blob is deleted meanwhile.
+        Raises NotFound before the first piece, or in the midst of it when the blob is deleted
+        meanwhile.
         """
         path = self._path(name)
         while stop is None or start < stop:
@@ -105,13 +105,16 @@ class LocalBlobs:
         """Remove every blob whose name begins with `part` and a slash."""
         await _in_thread(_remove, self._path(part))
 
-    async def sweep(self, before: float, parts_before: float) -> int:
-        """Remove what nobody has deleted; returns how many blobs.
+    async def folders(self) -> dict[str, float]:
+        """First parts of the names of two, with the epoch time of the last write or delete there."""
+        return await _in_thread(_folders, self._folder)
 
-        Those of one part that were written before that epoch time; those of two when the last of
-        their first part was written, or deleted, before the second.
+    async def sweep(self, before: float, partial_before: float) -> int:
+        """Remove blobs of one part that nobody has deleted; returns how many.
+
+        Those that were written before that epoch time, and what was never written to its end.
         """
-        return await _in_thread(_sweep, self._folder, before, parts_before)
+        return await _in_thread(_sweep, self._folder, before, partial_before)
 
     def _path(self, name: str) -> Path:
         if not _NAME.fullmatch(name) or name.partition("/")[0] == PARTIAL:
@@ -155,11 +158,13 @@ def _begin(path: Path) -> None:
     path.touch(exist_ok=False)
 
 
-def _append(path: Path, piece: bytes) -> None:
+def _append(path: Path, piece: bytes, seen: Callable[[bytes], None]) -> None:
+    """`seen` is given the piece here, off the event loop: to hash 1 MB takes milliseconds."""
     # Opened for each piece: whoever cancels a `put` must not close a file that a thread writes to.
     with path.open("r+b") as file:
         file.seek(0, os.SEEK_END)
         file.write(piece)
+    seen(piece)
 
 
 def _finish(partial: Path, path: Path) -> None:
@@ -196,19 +201,22 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _sweep(folder: Path, before: float, parts_before: float) -> int:
-    """Others may remove the same at the same time."""
-    count = 0
+def _folders(folder: Path) -> dict[str, float]:
+    found: dict[str, float] = {}
     for path in folder.glob("*"):
         with suppress(FileNotFoundError):
-            if path.is_file() and path.stat().st_mtime < before:
-                path.unlink()
-                count += 1
-            elif path.is_dir() and path.name != PARTIAL and path.stat().st_mtime < parts_before:
-                count += sum(1 for _ in path.iterdir())
-                shutil.rmtree(path)
-    for path in folder.glob(f"{PARTIAL}/*"):
-        with suppress(FileNotFoundError):
-            if path.stat().st_mtime < parts_before:
-                path.unlink()
+            if path.is_dir() and path.name != PARTIAL and _NAME.fullmatch(path.name):
+                found[path.name] = path.stat().st_mtime
+    return found
+
+
+def _sweep(folder: Path, before: float, partial_before: float) -> int:
+    """Others may remove the same at the same time."""
+    count = 0
+    for pattern, then in (("*", before), (f"{PARTIAL}/*", partial_before)):
+        for path in folder.glob(pattern):
+            with suppress(FileNotFoundError):
+                if path.is_file() and path.stat().st_mtime < then:
+                    path.unlink()
+                    count += pattern == "*"
     return count

@@ -48,7 +48,7 @@ def validate_documents(
     seen: dict[str, int] = {}
     for position, document in enumerate(documents):
         param = f"{name}[{position}]"
-        _check_id(document.id, f"{param}.id", limits)
+        check_id(document.id, f"{param}.id", limits)
         first = seen.setdefault(document.id, position)
         if first != position:
             raise BadInput(f"{name}[{first}] has the same id.", param=f"{param}.id")
@@ -56,7 +56,8 @@ def validate_documents(
         _check_metadata(document.metadata, f"{param}.metadata", limits)
 
 
-def _check_id(document_id: str, param: str, limits: Limits) -> None:
+def check_id(document_id: str, param: str, limits: Limits) -> None:
+    """Raises BadInput for an id that no document can have."""
     size = _utf8_bytes(document_id, param)
     if not document_id.strip():
         raise BadInput("A document's id must not be empty.", param=param)

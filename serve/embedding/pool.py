@@ -4,7 +4,9 @@ Engines are chosen by `Model.engine` from one table; torch and sentence-transfor
 only when a model needs them, since that takes about 10 s.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -12,11 +14,14 @@ from serve.config import Model
 from serve.config import Pool as PoolSettings
 from serve.embedding.fake import FakeEngine
 from serve.embedding.files import model_folder, verify
+from serve.embedding.graphs import Graphs
 from serve.embedding.guard import checked
 from serve.errors import ModelUnavailable, NotFound
 from serve.ports import Engine
 from serve.records import Input
 
+
+log = logging.getLogger("headrace.pool")
 
 Builder = Callable[[Model, PoolSettings], Engine]
 
@@ -37,11 +42,30 @@ def _sentence_transformers(model: Model, settings: PoolSettings) -> Engine:
         model,
         model_folder(model),
         device="cuda" if settings.gpus > 0 else "cpu",
-        threads=max(1, int(settings.cpus)),
+        threads=_threads(settings),
     )
 
 
-BUILDERS: Mapping[str, Builder] = {"fake": _fake, "sentence_transformers": _sentence_transformers}
+def _onnx(model: Model, settings: PoolSettings) -> Engine:
+    try:
+        from serve.embedding.onnx import OnnxEngine  # noqa: PLC0415  headrace[onnx]
+    except ImportError as error:
+        raise ModelUnavailable(
+            f"Model {model.id}: {error.name} is not installed; it comes with headrace[onnx]."
+        ) from error
+    graph = Graphs(Path(settings.graphs)).take(model, threads=_threads(settings))
+    return OnnxEngine(model, graph, threads=_threads(settings))
+
+
+def _threads(settings: PoolSettings) -> int:
+    return max(1, int(settings.cpus))
+
+
+BUILDERS: Mapping[str, Builder] = {
+    "fake": _fake,
+    "onnx": _onnx,
+    "sentence_transformers": _sentence_transformers,
+}
 
 
 class Pool:
@@ -71,7 +95,7 @@ class Pool:
         try:
             for model in self._settings.models:
                 verify(model)
-                engine = self._builders[model.engine](model, self._settings)
+                engine = self._build(model)
                 self._engines[model.id] = engine
                 self._warm_times[model.id] = self._warm_up(model, engine)
         except BaseException:
@@ -101,6 +125,16 @@ class Pool:
         self._warm_times.clear()
         while self._engines:
             self._engines.popitem()[1].close()
+
+    def _build(self, model: Model) -> Engine:
+        """By the settings' word; torch where a graph cannot be had, which makes the same vectors."""
+        try:
+            return self._builders[model.engine](model, self._settings)
+        except ModelUnavailable as error:
+            if model.engine != "onnx" or not model.torch_fallback:
+                raise
+            log.warning("torch serves %s instead of ONNX Runtime: %s", model.id, error.message)
+            return self._builders["sentence_transformers"](model, self._settings)
 
     def _model(self, model_id: str) -> Model:
         for model in self._settings.models:

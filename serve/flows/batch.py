@@ -55,6 +55,8 @@ class BatchFlow:
         StoreUnavailable.
         """
         async with self._quotas.admitted(caller, "bulk", tokens=0, param="input_file_id"):
+            if once is not None and (job := await self._jobs.first_job(caller.tenant, once)):
+                return Accepted(job, replayed=True)
             file = await self._files.find(caller, request.input_file, param="input_file_id")
             if file.purpose != "batch":
                 raise BadInput("The file's purpose must be 'batch'.", param="input_file_id")

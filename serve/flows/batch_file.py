@@ -23,6 +23,9 @@ from serve.records import Collection
 
 ENDPOINT = "/v1/embeddings"
 
+BYTES_PER_TOKEN = 8
+"""A line costs as many tokens as these at least: it is read and held, whatever of it is embedded."""
+
 CUSTOM_ID_BYTES_MAX = 512
 """Of a `custom_id`, in UTF-8: 50,000 of them are held at once; also the most of a document's id."""
 
@@ -130,7 +133,7 @@ class BatchSheet(Sheet):
             self._stop("too_many_inputs", f"A file may have {most.inputs_max} inputs in all.")
         else:
             self._ids.add(request.custom_id)
-            cost = _cost(request.wanted)
+            cost = max(_cost(request.wanted), len(raw) / BYTES_PER_TOKEN)
             self.entries.append(Entry(request.custom_id, start, len(raw), len(rows), cost))
 
     def _check_model(self, wanted: EmbedRequest) -> None:

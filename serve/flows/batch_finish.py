@@ -6,10 +6,11 @@ are new files. So segments stay while a job has dead items, until `serve.flows.f
 """
 
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 
 from serve.content.blobs import LocalBlobs
-from serve.errors import ServiceError
 from serve.flows.batch_file import failed_line, refused_line, request_id
+from serve.flows.bulk import FILES_AT_ONCE, Failed, one_by_one
 from serve.flows.context import Context, new_op
 from serve.items import Claim, Item, ItemState, ItemView, Job, Settlement, StoredFile
 from serve.job_ports import Files, Jobs
@@ -42,22 +43,22 @@ class FinishWork:
         self._jobs = jobs
         self._files = files
         self._blobs = blobs
-        self._retries = retries
+        self._failed: Failed = partial(settled, retries=retries)
 
     async def finish(self, items: Sequence[Item], claim: Claim) -> list[Settlement]:
         """Write the files that are not empty, keep them, remove the job's own blobs."""
-        return [await self._finished(item, claim.jobs[item.job]) for item in items]
+        act = partial(self._finished, claim)
+        return await one_by_one(items, act, self._failed, at_once=FILES_AT_ONCE)
 
-    async def _finished(self, item: Item, job: Job) -> Settlement:
-        try:
-            files = {
-                "output": await self._kept(job, "output", self._answers(job)),
-                "error": await self._kept(job, "error", self._errors(job)),
-            }
-            if not job.dead or _stopped(job):
-                await self._blobs.delete_all(job.id)
-        except ServiceError as error:
-            return settled(item, error, self._retries)
+    async def _finished(self, claim: Claim, item: Item) -> Settlement:
+        """Raises NotFound (a segment), StoreUnavailable."""
+        job = claim.jobs[item.job]
+        files = {
+            "output": await self._kept(job, "output", self._answers(job)),
+            "error": await self._kept(job, "error", self._errors(job)),
+        }
+        if not job.dead or _stopped(job):
+            await self._blobs.delete_all(job.id)
         return Settlement(item.id, item.lease, "done", result=files)
 
     async def _kept(self, job: Job, role: str, pieces: AsyncIterator[bytes]) -> str:

@@ -1,23 +1,32 @@
 """What workers do with the lines of a batch file: read, tokenise, embed together, write their answers
-as one segment. If the batch names a collection, the vectors land there before a line is settled.
+as segments. If the batch names a collection, the vectors land there before a line is settled.
 """
 
 import asyncio
-import math
-from collections import defaultdict
+import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
-from serve.admission.limits import caller_of
 from serve.content.blobs import LocalBlobs
 from serve.content.documents import Document
-from serve.errors import Internal, ServiceError
-from serve.flows.attempts import attempts
+from serve.errors import ServiceError
+from serve.flows.attempts import tried
 from serve.flows.batch_file import Request, done_line, read_line, request_id
+from serve.flows.bulk import (
+    Part,
+    by_job,
+    check_revision,
+    in_groups,
+    paid,
+    payer,
+    rows_of,
+    work_of,
+)
 from serve.flows.context import Context, Timing, new_op
-from serve.flows.embed import Cut, Embedded, EmbedFlow, Work, cut, named, size_of
+from serve.flows.embed import Cut, Embedded, EmbedFlow, cut, named, size_of
 from serve.flows.exchange import answer
 from serve.flows.lander import Lander, Landing
 from serve.flows.landing import Prepared, records
@@ -26,24 +35,29 @@ from serve.flows.sheet import input_blob
 from serve.items import Claim, Item, Job, Settlement
 from serve.jobs.faults import Retries, settled
 from serve.ports import Upserter
-from serve.records import Caller, Chunk, Collection, Key, TokenIds, Vector
+from serve.records import Caller, Chunk, Collection, Vector
+
+
+log = logging.getLogger("headrace.worker")
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """A line of a file with the token ids of its inputs; `size` is that of its vectors."""
+class Target:
+    """Whose lines these are, and where their vectors land; None: nowhere."""
 
-    item: Item
+    job: Job
+    caller: Caller
+    collection: Collection | None
+
+
+@dataclass(frozen=True, slots=True)
+class Line(Part):
+    """A line of a file; `size` is that of its vectors."""
+
     request: Request
     served: Served
-    ids: Sequence[TokenIds]
     cuts: tuple[Cut, ...]
     size: int
-
-    @property
-    def tokens(self) -> int:
-        """Over all inputs: what is paid for."""
-        return sum(len(row) for row in self.ids)
 
 
 Fate = Embedded | ServiceError
@@ -73,132 +87,111 @@ class RequestWork:
 
     async def request(self, items: Sequence[Item], claim: Claim) -> list[Settlement]:
         """Lines of each job side by side; what befalls one job leaves the others alone."""
-        by_job: dict[str, list[Item]] = defaultdict(list)
-        for item in items:
-            by_job[item.job].append(item)
-        parts = await asyncio.gather(
-            *(self._one_job(claim.jobs[job], claim, some) for job, some in by_job.items())
+        return await by_job(items, partial(self._one_job, claim), self._failed)
+
+    async def _one_job(self, claim: Claim, items: Sequence[Item]) -> list[Settlement]:
+        job = claim.jobs[items[0].job]
+        caller = payer(claim.payers[job.id], self._settings.admission.tiers)
+        target = Target(job, caller, claim.collections.get(job.collection))
+        lines, broken = await self._lines(target, items)
+        done = await in_groups(
+            lines,
+            partial(self._charged, target),
+            self._failed,
+            caller=caller,
+            klass=job.klass,
+            ingress=self._settings.ingress,
         )
-        return [settlement for part in parts for settlement in part]
+        return [*done, *(self._failed(item, error) for item, error in broken)]
 
-    async def _one_job(self, job: Job, claim: Claim, items: Sequence[Item]) -> list[Settlement]:
-        try:
-            caller = self._caller(claim.payers[job.id])
-            lines, fates = await self._lines(job, items)
-            for group in _groups(lines, _at_once(caller, job)):
-                fates |= await self._embedded(job, caller, group)
-            collection = claim.collections.get(job.collection)
-            if collection is not None:
-                fates |= await self._landed(collection, lines, fates)
-            return await self._written(job, items, lines, fates)
-        except ServiceError as error:
-            return [settled(item, error, self._retries) for item in items]
-
-    def _caller(self, payer: Key) -> Caller:
-        """Raises Internal: only an operator can cure it, and the items wait until then."""
-        tier = self._settings.admission.tiers.get(payer.tier)
-        try:
-            if tier is not None:
-                return caller_of(payer, tier)
-        except ValueError:
-            pass
-        raise Internal(f"The limits of tenant {payer.tenant!r}, or its tier, are not valid.")
-
-    async def _lines(self, job: Job, items: Sequence[Item]) -> tuple[list[Line], dict[int, Fate]]:
+    async def _lines(
+        self, target: Target, items: Sequence[Item]
+    ) -> tuple[list[Line], list[tuple[Item, Exception]]]:
         """The items' lines, tokenised; and those that cannot be. Raises NotFound (the file)."""
         ranges = [(item.payload["start"], item.payload["length"]) for item in items]
-        raws = await self._blobs.read(input_blob(job.id), ranges)
+        raws = await self._blobs.read(input_blob(target.job.id), ranges)
         found = await asyncio.gather(
-            *(self._line(item, raw) for item, raw in zip(items, raws, strict=True))
+            *(self._line(target, item, raw) for item, raw in zip(items, raws, strict=True))
         )
         lines = [one for one in found if isinstance(one, Line)]
-        errors: dict[int, Fate] = {
-            item.id: one
+        broken = [
+            (item, one)
             for item, one in zip(items, found, strict=True)
-            if isinstance(one, ServiceError)
-        }
-        return lines, errors
+            if isinstance(one, Exception)
+        ]
+        return lines, broken
 
-    async def _line(self, item: Item, raw: bytes) -> Line | ServiceError:
+    async def _line(self, target: Target, item: Item, raw: bytes) -> Line | Exception:
         loop = asyncio.get_running_loop()
         try:
             request = await loop.run_in_executor(self._threads, read_line, raw, self._settings)
             served = self._models.find(request.wanted.model)
+            if target.collection is not None:
+                check_revision(target.collection, served)
             size = size_of(served, request.wanted.dimensions)
             ids, cuts = await self._embed.tokenise(served, request.wanted)
         except ServiceError as error:
             return error
-        return Line(item, request, served, ids, cuts, size)
+        except Exception as error:  # the rim of each line: the others go on
+            log.exception("the line %d of %s cannot be read", item.seq, target.job.id)
+            return error
+        return Line(item, ids, request, served, cuts, size)
 
-    async def _embedded(self, job: Job, caller: Caller, group: Sequence[Line]) -> dict[int, Fate]:
-        """Embed lines together; each has its own fate."""
-        try:
-            async for attempt in attempts():
-                with attempt:
-                    fates = await self._embed_once(job, caller, group)
-        except ServiceError as error:
-            return {line.item.id: error for line in group}
-        return fates
-
-    async def _embed_once(self, job: Job, caller: Caller, group: Sequence[Line]) -> dict[int, Fate]:
+    async def _charged(self, target: Target, group: Sequence[Line]) -> list[Settlement]:
+        """Charge for a group until its answers are kept: what fails by our fault is given back."""
         tokens = sum(line.tokens for line in group)
-        ids = [row for line in group for row in line.ids]
-        charged = self._quotas.admitted(caller, job.klass, tokens=tokens, requests=0)
+        charged = self._quotas.admitted(target.caller, target.job.klass, tokens=tokens, requests=0)
         async with charged as permit:
-            reply = await self._embed.run(self._work(job, caller, group[0]), group[0].served, ids)
-            fates: dict[int, Fate] = {}
-            start = 0
-            for line in group:
-                stop = start + len(line.ids)
-                own = [(index - start, e) for index, e in reply.failures if start <= index < stop]
-                fates[line.item.id] = _fate(line, reply.vectors[start:stop], own)
-                start = stop
-            paid = (line.tokens for line in group if not _ours(fates[line.item.id]))
-            self._quotas.settle(permit, tokens=sum(paid))
-        return fates
+            fates = await self._embedded(target, group)
+            if target.collection is not None:
+                fates |= await self._landed(target.collection, group, fates)
+            settlements = await self._written(target.job, group, fates)
+            self._quotas.settle(permit, tokens=paid(group, fates))
+        return settlements
 
-    def _work(self, job: Job, caller: Caller, first: Line) -> Work:
-        limits = self._settings.limits
-        waits_s = {"bulk": limits.bulk_deadline_s, "interactive": limits.interactive_deadline_s}
-        name = request_id(job.id, first.item.seq)
-        return Work(caller, name, job.klass, waits_s[job.klass], None, job.priority)
+    async def _embedded(self, target: Target, group: Sequence[Line]) -> dict[int, Fate]:
+        """Embed lines together; each has its own fate."""
+        first = group[0]
+        name = request_id(target.job.id, first.item.seq)
+        work = work_of(self._settings.limits, target.caller, target.job, name)
+        ids = [row for line in group for row in line.ids]
+        reply = await tried(lambda: self._embed.run(work, first.served, ids))
+        return {
+            line.item.id: _fate(line, vectors, failures)
+            for line, vectors, failures in rows_of(group, reply)
+        }
 
     async def _landed(
-        self, collection: Collection, lines: Sequence[Line], fates: Mapping[int, Fate]
+        self, collection: Collection, group: Sequence[Line], fates: Mapping[int, Fate]
     ) -> dict[int, Fate]:
         """Land the vectors that there are; returns the fates of lines that did not land."""
         landings = []
-        for line in lines:
+        for line in group:
             done = fates[line.item.id]
             if isinstance(done, Embedded) and not line.item.superseded:
                 made = records(collection, _prepared(line), line.item.generation, done.vectors)
                 landings.append(Landing(line.item, made))
-        async for attempt in attempts():
-            with attempt:
-                refused = await self._lander.land(collection, landings)
+        refused = await tried(lambda: self._lander.land(collection, landings))
         return {item: error for item, error in refused.items() if error is not None}
 
     async def _written(
-        self,
-        job: Job,
-        items: Sequence[Item],
-        lines: Sequence[Line],
-        fates: Mapping[int, Fate],
+        self, job: Job, group: Sequence[Line], fates: Mapping[int, Fate]
     ) -> list[Settlement]:
         """Write a segment of what is done, durably, before anything is settled."""
         segment = f"{job.id}/{new_op()}"
-        answered = [(line, fates[line.item.id]) for line in lines]
-        done = [(line, fate) for line, fate in answered if isinstance(fate, Embedded)]
+        settlements: list[Settlement] = []
+        done: list[tuple[Line, Embedded]] = []
+        for line in group:
+            fate = fates[line.item.id]
+            if isinstance(fate, Embedded):
+                done.append((line, fate))
+            else:
+                settlements.append(self._failed(line.item, fate))
         pieces = await asyncio.get_running_loop().run_in_executor(
             self._threads, lambda: [_answer(job, line, fate) for line, fate in done]
         )
         if pieces:
-            await self._blobs.put(segment, _each(pieces))
-        settlements = [
-            self._failed(item, fate)
-            for item in items
-            if isinstance(fate := fates[item.id], ServiceError)
-        ]
+            await tried(lambda: self._blobs.put(segment, _each(pieces)))
         start = 0
         for (line, fate), piece in zip(done, pieces, strict=True):
             place = {"segment": segment, "start": start, "length": len(piece)}
@@ -206,35 +199,12 @@ class RequestWork:
             start += len(piece)
         return settlements
 
-    def _failed(self, item: Item, error: ServiceError) -> Settlement:
+    def _failed(self, item: Item, error: Exception) -> Settlement:
         """With what the error file says of a request that was refused."""
         settlement = settled(item, error, self._retries)
-        if settlement.word != "dead":
+        if settlement.word != "dead" or not isinstance(error, ServiceError):
             return settlement
         return replace(settlement, result={"status": error.status, "param": error.param})
-
-
-def _at_once(caller: Caller, job: Job) -> float:
-    """The most tokens that the payer's limits ever let through together."""
-    bursts = [
-        limit.burst
-        for limit in caller.limits.get(job.klass, ())
-        if limit.unit == "tokens" and limit.kind != "month"
-    ]
-    return min(bursts, default=math.inf)
-
-
-def _groups(lines: Sequence[Line], tokens_max: float) -> list[list[Line]]:
-    """Consecutive lines of at most `tokens_max` together; a larger one goes alone."""
-    made: list[list[Line]] = []
-    room = 0.0
-    for line in lines:
-        if not made or line.tokens > room:
-            made.append([])
-            room = tokens_max
-        made[-1].append(line)
-        room -= line.tokens
-    return made
 
 
 def _fate(line: Line, vectors: Vector, failures: Sequence[tuple[int, ServiceError]]) -> Fate:
@@ -246,11 +216,6 @@ def _fate(line: Line, vectors: Vector, failures: Sequence[tuple[int, ServiceErro
         return Embedded(cut(vectors, line.size), line.tokens, Timing(), line.cuts)
     except ServiceError as error:
         return error
-
-
-def _ours(fate: Fate) -> bool:
-    """Whether it failed by our fault."""
-    return isinstance(fate, ServiceError) and fate.refundable
 
 
 def _prepared(line: Line) -> Prepared:

@@ -1,19 +1,21 @@
 """What workers do with OpenAI batches: `expand` reads the file of any job, here; `request` embeds its lines
 (`batch_requests`), `finish` writes the output files (`batch_finish`). `batch` is the accepting half.
 
-Texts stay in the file and vectors go into segments: blobs of output lines, one for each claim. The
+Texts stay in the file and vectors go into segments: blobs of output lines, one for each group. The
 Store holds neither. A job's own blobs, the file and its segments, are named after the job.
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 from serve.content.blobs import LocalBlobs
-from serve.errors import NotFound, ServiceError
+from serve.errors import NotFound
 from serve.flows.batch_file import BatchSheet
 from serve.flows.batch_finish import FinishWork
 from serve.flows.batch_requests import RequestWork
+from serve.flows.bulk import FILES_AT_ONCE, Failed, one_by_one
 from serve.flows.context import Context
 from serve.flows.document_file import DocumentSheet, items_of, parts
 from serve.flows.embed import EmbedFlow
@@ -66,29 +68,28 @@ class ExpandWork:
         self._threads = context.threads
         self._queue = queue
         self._blobs = blobs
-        self._retries = retries
+        self._failed: Failed = partial(settled, retries=retries)
 
     async def expand(self, items: Sequence[Item], claim: Claim) -> list[Settlement]:
         """Check the whole file; if every line is right, they become items, else the job fails."""
-        return [await self._expanded(item, claim) for item in items]
+        act = partial(self._expanded, claim)
+        return await one_by_one(items, act, self._failed, at_once=FILES_AT_ONCE)
 
-    async def _expanded(self, item: Item, claim: Claim) -> Settlement:
-        try:
-            job = claim.jobs[item.job]
-            collection = claim.collections.get(job.collection)
-            sheet: Sheet
-            if job.kind == "documents":
-                sheet, lots = self._documents(job, collection)
-            else:
-                sheet, lots = self._requests(collection)
-            await self._read(job, sheet)
-            if sheet.faults:
-                return _refused(item, sheet)
-            async for start, some in lots:
-                if not await self._queue.add_items(item.id, item.lease, start, some):
-                    break  # the lease is over, or the job was stopped
-        except ServiceError as error:
-            return settled(item, error, self._retries)
+    async def _expanded(self, claim: Claim, item: Item) -> Settlement:
+        """Raises NotFound, StoreUnavailable."""
+        job = claim.jobs[item.job]
+        collection = claim.collections.get(job.collection)
+        sheet: Sheet
+        if job.kind == "documents":
+            sheet, lots = self._documents(job, collection)
+        else:
+            sheet, lots = self._requests(collection)
+        await self._read(job, sheet)
+        if sheet.faults:
+            return _refused(item, sheet)
+        async for start, some in lots:
+            if not await self._queue.add_items(item.id, item.lease, start, some):
+                break  # the lease is over, or the job was stopped
         return Settlement(item.id, item.lease, "done")
 
     def _requests(self, collection: Collection | None) -> tuple[Sheet, AsyncIterator[Lot]]:

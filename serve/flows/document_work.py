@@ -6,16 +6,27 @@ longer has are deleted after the new ones have landed, and only then is the item
 """
 
 import asyncio
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from serve.admission.limits import caller_of
 from serve.content.documents import Document
-from serve.errors import BadInput, Conflict, NotFound, ServiceError
-from serve.flows.attempts import attempts
+from serve.errors import BadInput, ServiceError
+from serve.flows.attempts import tried
+from serve.flows.bulk import (
+    Failed,
+    Part,
+    by_job,
+    check_revision,
+    in_groups,
+    one_by_one,
+    paid,
+    payer,
+    rows_of,
+    work_of,
+)
 from serve.flows.context import Context
-from serve.flows.embed import EmbedFlow, Work
+from serve.flows.embed import EmbedFlow
 from serve.flows.lander import Lander, Landing
 from serve.flows.landing import Prepared, prepare, records
 from serve.flows.models import Served
@@ -32,7 +43,7 @@ CHUNK_OVERHEAD = 32
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where the items of one job go, and for whom."""
+    """Where the writes of one job go, and for whom."""
 
     job: Job
     caller: Caller
@@ -40,7 +51,15 @@ class Target:
     served: Served
 
 
-Cut = tuple[Item, Prepared]
+@dataclass(frozen=True, slots=True)
+class Cut(Part):
+    """A document of a job, cut into chunks."""
+
+    one: Prepared
+
+
+Fates = Mapping[int, ServiceError | None]
+"""By item, of those that did not land: why; None: superseded."""
 
 
 class DocumentWork:
@@ -55,64 +74,54 @@ class DocumentWork:
         self._threads = context.threads
         self._embed = embed
         self._lander = Lander(upserter, context.settings)
-        self._retries = retries
+        self._failed: Failed = partial(settled, retries=retries)
 
     def handlers(self) -> Mapping[Task, Handler]:
         """By task, for the Runner."""
-        return {"document": self.work, "delete": self.work}
+        return {"document": self.write, "delete": self.delete}
 
-    async def work(self, items: Sequence[Item], claim: Claim) -> list[Settlement]:
-        """Items of each job side by side; what befalls one job leaves the others alone."""
-        by_job: dict[str, list[Item]] = defaultdict(list)
-        settlements: list[Settlement] = []
-        for item in items:
-            if item.superseded:
-                settlements.append(_superseded(item))
-            else:
-                by_job[item.job].append(item)
-        parts = await asyncio.gather(
-            *(self._one_job(job, some, claim) for job, some in by_job.items())
-        )
-        return [*settlements, *(one for part in parts for one in part)]
+    async def write(self, items: Sequence[Item], claim: Claim) -> list[Settlement]:
+        """Versions of documents: chunk them, or embed and land them, as their stage says."""
+        return await self._by_job(items, partial(self._written, claim))
 
-    async def _one_job(self, job: str, items: Sequence[Item], claim: Claim) -> list[Settlement]:
-        try:
-            target = self._target(claim, job)
-        except ServiceError as error:
-            return [settled(item, error, self._retries) for item in items]
-        if items[0].task == "delete":
-            return await self._erased(target, items)
+    async def delete(self, items: Sequence[Item], claim: Claim) -> list[Settlement]:
+        """Deletes need the collection only: neither a model nor room in a limit."""
+        return await self._by_job(items, partial(self._deleted, claim))
+
+    async def _by_job(
+        self,
+        items: Sequence[Item],
+        act: Callable[[Sequence[Item]], Awaitable[Sequence[Settlement]]],
+    ) -> list[Settlement]:
+        over = [_superseded(item) for item in items if item.superseded]
+        rest = [item for item in items if not item.superseded]
+        return [*over, *await by_job(rest, act, self._failed)]
+
+    async def _written(self, claim: Claim, items: Sequence[Item]) -> list[Settlement]:
+        target = self._target(claim, items[0].job)
         if items[0].stage == "prepare":
-            return [await self._prepared(target, item) for item in items]
+            return await one_by_one(items, partial(self._prepared, target), self._failed)
         return await self._embedded(target, items)
 
     def _target(self, claim: Claim, job_id: str) -> Target:
-        """Raises NotFound (model), Conflict (another revision of it), QuotaExceeded never."""
-        job, key = claim.jobs[job_id], claim.payers[job_id]
+        """Raises NotFound (model), Conflict (another revision of it), QuotaExceeded (no limits)."""
+        job = claim.jobs[job_id]
         collection = claim.collections[job.collection]
         served = self._models.find(collection.model)
-        if served.revision != collection.revision:
-            raise Conflict(
-                f"The collection {collection.name} was made by another revision of the model."
-            )
-        tier = self._settings.admission.tiers.get(key.tier)
-        if tier is None:
-            raise NotFound(f"There is no tier {key.tier!r}.")
-        return Target(job, caller_of(key, tier), collection, served)
+        check_revision(collection, served)
+        caller = payer(claim.payers[job_id], self._settings.admission.tiers)
+        return Target(job, caller, collection, served)
 
     # --- prepare ------------------------------------------------------------------------------
 
     async def _prepared(self, target: Target, item: Item) -> Settlement:
-        """Chunk one document in a thread; its true cost is known from here on."""
+        """Chunk one document in a thread; its true cost is known from here on. Raises BadInput."""
         loop = asyncio.get_running_loop()
         document = _document(item)
-        try:
-            one = await loop.run_in_executor(
-                self._threads, prepare, target.served, document, self._settings
-            )
-            self._check(one)
-        except ServiceError as error:
-            return settled(item, error, self._retries)
+        one = await loop.run_in_executor(
+            self._threads, prepare, target.served, document, self._settings
+        )
+        self._check(one)
         return Settlement(
             item.id,
             item.lease,
@@ -141,57 +150,44 @@ class DocumentWork:
         """Groups of about one embedder call each, a few at once."""
         loop = asyncio.get_running_loop()
         cuts = await loop.run_in_executor(self._threads, _cut, target.served, items)
-        gate = asyncio.Semaphore(self._settings.ingress.slices_in_flight_max)
+        return await in_groups(
+            cuts,
+            partial(self._charged, target),
+            self._failed,
+            caller=target.caller,
+            klass=target.job.klass,
+            ingress=self._settings.ingress,
+        )
 
-        async def one(group: Sequence[Cut]) -> list[Settlement]:
-            try:
-                async with gate:
-                    return await self._tried(target, group)
-            except ServiceError as error:
-                return [settled(item, error, self._retries) for item, _ in group]
-
-        groups = _groups(cuts, self._together(target))
-        done = await asyncio.gather(*(one(group) for group in groups))
-        return [settlement for part in done for settlement in part]
-
-    def _together(self, target: Target) -> int:
-        """Tokens of a group: one embedder call, and no more than a limit can hold at once."""
-        limits = target.caller.limits.get(target.job.klass, ())
-        bursts = [int(limit.burst) for limit in limits if limit.unit == "tokens"]
-        return min([self._settings.ingress.slice_tokens, *bursts])
-
-    async def _tried(self, target: Target, group: Sequence[Cut]) -> list[Settlement]:
-        async for attempt in attempts():
-            with attempt:
-                settlements = await self._land(target, group)
-        return settlements
-
-    async def _land(self, target: Target, group: Sequence[Cut]) -> list[Settlement]:
-        """Embed a group, land its records, then remove stale chunks."""
-        tokens = sum(one.tokens for _, one in group)
+    async def _charged(self, target: Target, group: Sequence[Cut]) -> list[Settlement]:
+        """Charge for a group until it has landed: what fails by our fault is given back."""
+        tokens = sum(cut.tokens for cut in group)
         charged = self._quotas.admitted(
             target.caller, target.job.klass, tokens=tokens, requests=0, param="documents"
         )
         async with charged as permit:
-            ids = [row for _, one in group for row in one.ids]
-            reply = await self._embed.run(self._work(target.job, target.caller), target.served, ids)
-            fates, spans = _fates(group, dict(reply.failures))
-            paid = (one.tokens for item, one in group if not _ours(fates.get(item.id)))
-            self._quotas.settle(permit, tokens=sum(paid))
-        whole = [(item, one) for item, one in group if item.id not in fates]
-        landings = [
-            Landing(
-                item,
-                records(target.collection, one, item.generation, reply.vectors[spans[item.id]]),
-            )
-            for item, one in whole
-        ]
-        fates |= await self._lander.land(target.collection, landings)
-        return [self._written(item, one, fates) for item, one in group]
+            fates = await self._landed(target, group)
+            self._quotas.settle(permit, tokens=paid(group, fates))
+        return [self._settled(cut, fates) for cut in group]
 
-    def _written(
-        self, item: Item, one: Prepared, fates: Mapping[int, ServiceError | None]
-    ) -> Settlement:
+    async def _landed(self, target: Target, group: Sequence[Cut]) -> Fates:
+        """Embed a group, land its records, then remove stale chunks."""
+        work = work_of(self._settings.limits, target.caller, target.job, target.job.id)
+        ids = [row for cut in group for row in cut.ids]
+        reply = await tried(lambda: self._embed.run(work, target.served, ids))
+        fates: dict[int, ServiceError | None] = {}
+        landings: list[Landing] = []
+        for cut, vectors, failures in rows_of(group, reply):
+            item = cut.item
+            if failures:
+                fates[item.id] = failures[0][1]
+            else:
+                made = records(target.collection, cut.one, item.generation, vectors)
+                landings.append(Landing(item, made))
+        return fates | await tried(lambda: self._lander.land(target.collection, landings))
+
+    def _settled(self, cut: Cut, fates: Fates) -> Settlement:
+        item, one = cut.item, cut.one
         if item.id not in fates:
             chunks = len(one.chunks)
             result = {"status": "indexed", "chunks": chunks}
@@ -199,25 +195,14 @@ class DocumentWork:
                 item.id, item.lease, "done", tokens=one.tokens, result=result, chunks=chunks
             )
         fate = fates[item.id]
-        return _superseded(item) if fate is None else settled(item, fate, self._retries)
-
-    def _work(self, job: Job, caller: Caller) -> Work:
-        """For the embedder: how long others may make it wait depends on the class."""
-        limits = self._settings.limits
-        waits_s = {"bulk": limits.bulk_deadline_s, "interactive": limits.interactive_deadline_s}
-        return Work(caller, job.id, job.klass, waits_s[job.klass], None, job.priority)
+        return _superseded(item) if fate is None else self._failed(item, fate)
 
     # --- delete -------------------------------------------------------------------------------
 
-    async def _erased(self, target: Target, items: Sequence[Item]) -> list[Settlement]:
-        try:
-            async for attempt in attempts():
-                with attempt:
-                    await self._lander.land(
-                        target.collection, [Landing(item, ()) for item in items]
-                    )
-        except ServiceError as error:
-            return [settled(item, error, self._retries) for item in items]
+    async def _deleted(self, claim: Claim, items: Sequence[Item]) -> list[Settlement]:
+        collection = claim.collections[claim.jobs[items[0].job].collection]
+        landings = [Landing(item, ()) for item in items]
+        await tried(lambda: self._lander.land(collection, landings))
         return [
             Settlement(
                 item.id,
@@ -245,44 +230,8 @@ def _cut(served: Served, items: Sequence[Item]) -> list[Cut]:
             for ordinal, (start, end) in enumerate(item.payload["spans"])
         )
         ids = served.tokenizer.encode([prefix + one.text for one in chunks])
-        cuts.append((item, Prepared(document, chunks, tuple(ids))))
+        cuts.append(Cut(item, ids, Prepared(document, chunks, tuple(ids))))
     return cuts
-
-
-def _groups(cuts: Sequence[Cut], tokens_max: int) -> list[list[Cut]]:
-    """Consecutive documents of at most `tokens_max` together; a larger one goes alone."""
-    made: list[list[Cut]] = []
-    room = 0
-    for item, one in cuts:
-        if not made or one.tokens > room:
-            made.append([])
-            room = tokens_max
-        made[-1].append((item, one))
-        room -= one.tokens
-    return made
-
-
-def _fates(
-    group: Sequence[Cut], broken: Mapping[int, ServiceError]
-) -> tuple[dict[int, ServiceError | None], dict[int, slice]]:
-    """The first failure of each item that has one, and which rows of the reply are an item's."""
-    fates: dict[int, ServiceError | None] = {}
-    spans: dict[int, slice] = {}
-    row = 0
-    for item, one in group:
-        spans[item.id] = slice(row, row + len(one.ids))
-        row += len(one.ids)
-        error = next(
-            (broken[at] for at in range(*spans[item.id].indices(row)) if at in broken), None
-        )
-        if error is not None:
-            fates[item.id] = error
-    return fates, spans
-
-
-def _ours(fate: ServiceError | None) -> bool:
-    """Whether it failed by our fault."""
-    return fate is not None and fate.refundable
 
 
 def _superseded(item: Item) -> Settlement:

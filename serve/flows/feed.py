@@ -12,8 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Protocol, TypeVar
 
-from serve.config import Jobs
-from serve.errors import QuotaExceeded, ServiceError
+from serve.errors import ServiceError
 from serve.items import JOB_ENDS, Event
 from serve.job_ports import Events
 
@@ -105,13 +104,11 @@ class Subscription:
 class Feed:
     """Events of jobs for the waiters of one ingress replica. `run` must be running."""
 
-    def __init__(self, events: Events, rules: Jobs, clock: Callable[[], float]) -> None:
+    def __init__(self, events: Events, clock: Callable[[], float]) -> None:
         """`clock` is the one that `wait_ended` is told a time of."""
         self._events = events
-        self._rules = rules
         self._clock = clock
         self._listeners: defaultdict[str, set[Listener]] = defaultdict(set)
-        self._streams: defaultdict[str, list[float]] = defaultdict(list)
 
     async def run(self) -> None:
         """Poll the Store until cancelled; while it is away, ask again and again."""
@@ -145,29 +142,6 @@ class Feed:
         """Return when the job's end is heard, or at `until`; what became of it the Store knows."""
         with self.watch(job) as watch:
             await watch.ended(until - self._clock())
-
-    @contextmanager
-    def stream(self, tenant: str) -> Iterator[float]:
-        """A place for one stream of a tenant; yields when it must end, on the loop's clock.
-
-        Raises QuotaExceeded (`streams`): they are capped in each replica.
-        """
-        now = asyncio.get_running_loop().time()
-        mine = self._streams[tenant]
-        if len(mine) >= self._rules.streams_max:
-            raise QuotaExceeded(
-                f"You have {len(mine)} streams open; {self._rules.streams_max} are allowed.",
-                code="streams",
-                retry_after_s=max(min(mine) - now, 1),
-            )
-        until = now + self._rules.stream_s
-        mine.append(until)
-        try:
-            yield until
-        finally:
-            mine.remove(until)
-            if not mine:
-                self._streams.pop(tenant, None)
 
     async def last(self) -> int:
         """The number of the last event of all. Raises StoreUnavailable."""

@@ -8,11 +8,12 @@ from contextlib import AbstractAsyncContextManager
 from serve import config
 from serve.admission.quotas import Permit
 from serve.content.blobs import LocalBlobs
-from serve.errors import BadInput, NotFound, ServiceError
+from serve.errors import BadInput, NotFound, ServiceError, StoreUnavailable
 from serve.flows.context import Context, new_op
+from serve.flows.items import CHARS_PER_TOKEN
 from serve.flows.sheet import input_blob
 from serve.items import Accepted, FileRoom, Job, NewItem, Once, Order, StoredFile, new_id
-from serve.job_ports import Files, Jobs
+from serve.job_ports import Files, Handover
 from serve.records import Caller
 
 
@@ -21,8 +22,14 @@ FILENAME_CHARS_MAX = 255
 EXPIRED = 100
 """Expired files removed at once."""
 
+JOBS_ASKED = 500
+"""Jobs of whose blobs the Store is asked at once."""
+
+KEPT_S_MAX = 30 * 86_400.0
+"""The most that `files.kept_s` may be: what was kept before it was lowered has its own time."""
+
 ORPHAN_S = 2 * 86_400.0
-"""Bytes that outlive every file, or every batch (which has a day), by this are nobody's."""
+"""Bytes without a file, or without a job, are nobody's after this: they were not on their way."""
 
 log = logging.getLogger("headrace.files")
 
@@ -72,8 +79,9 @@ class FileFlow:
             if not put.size:
                 raise BadInput("The file is empty.", param="file")
             return await self._files.create_file(new_op(), file, room)
-        except ServiceError:
-            await self._blobs.delete(file_id)
+        except ServiceError as error:
+            if not isinstance(error, StoreUnavailable):  # else it may be kept all the same
+                await self._blobs.delete(file_id)
             raise
 
     async def find(self, caller: Caller, file_id: str, *, param: str = "file_id") -> StoredFile:
@@ -86,7 +94,7 @@ class FileFlow:
     async def list(
         self, caller: Caller, *, purpose: str | None, order: Order, after: str, limit: int
     ) -> Sequence[StoredFile]:
-        """Up to `limit` files by age, those behind the file `after`. Raises NotFound for that one."""
+        """Up to `limit` files by age, those behind the id `after`."""
         return await self._files.list_files(caller.tenant, purpose, order, after, limit)
 
     async def content(
@@ -97,19 +105,20 @@ class FileFlow:
         return file, self._blobs.stream(file.id)
 
     async def hand_over(
-        self, file: StoredFile, job: Job, once: Once | None, *, jobs: Jobs
+        self, file: StoredFile, job: Job, once: Once | None, *, jobs: Handover
     ) -> Accepted:
         """Accept a job whose items stand in a file: a worker reads it, and checks every line first.
 
         The job has the file's bytes under a name of its own, so that the file may be deleted.
-        Raises what `Jobs.submit_job` raises.
+        What reading costs is told by its size. Raises what `Handover.submit_job` raises.
         """
         await self._blobs.copy(file.id, input_blob(job.id))
-        expand = NewItem("expand", "expand", "prepare", 1.0, {})
+        cost = max(1.0, file.size / CHARS_PER_TOKEN)
+        expand = NewItem("expand", "expand", "prepare", cost, {})
         try:
             accepted = await jobs.submit_job(new_op(), job, [expand], once)
         except ServiceError as error:
-            if not error.retryable:  # else it may have been accepted all the same
+            if not isinstance(error, StoreUnavailable):  # else it may be accepted all the same
                 await self._blobs.delete_all(job.id)
             raise
         if accepted.replayed:
@@ -155,9 +164,23 @@ class Tidy:
                 await self._blobs.delete(file.id)
                 await self._files.delete_file(new_op(), file.tenant, file.id)
         now = self._wall()
-        count = await self._blobs.sweep(now - self._rules.kept_s - ORPHAN_S, now - ORPHAN_S)
+        count = await self._blobs.sweep(now - KEPT_S_MAX - ORPHAN_S, now - ORPHAN_S)
+        count += await self._clear(now - ORPHAN_S)
         if count:
-            log.info("removed %d blobs that nobody needs any more", count)
+            log.info("removed %d blobs and folders that nobody needs any more", count)
+
+    async def _clear(self, before: float) -> int:
+        """Remove the blobs of jobs that need them no more; those of no job, if they are so old."""
+        changed = await self._blobs.folders()
+        ids, count = list(changed), 0
+        for start in range(0, len(ids), JOBS_ASKED):
+            some = ids[start : start + JOBS_ASKED]
+            over = await self._files.jobs_over(some)
+            for job_id in some:
+                if over.get(job_id, changed[job_id] < before):
+                    await self._blobs.delete_all(job_id)
+                    count += 1
+        return count
 
 
 def _shown(filename: str) -> str:

@@ -8,12 +8,11 @@ job, so the last accepted write of a document wins, whenever it is done.
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from serve.admission.quotas import Permit
 from serve.content.documents import Document, validate_documents
 from serve.errors import BadInput, Internal, PoisonInput, ServiceError
 from serve.flows.collections import CollectionFlow
@@ -116,8 +115,11 @@ class IngestFlow:
         level = terms.wait or ("indexed" if small else "accepted")
         loop = asyncio.get_running_loop()
         async with AsyncExitStack() as stack:
+            first = await self._begun(stack, caller, terms)
+            if first is not None:
+                taken = Taken(first, len(documents), replayed=True)
+                return await self._followed(taken, level, terms.until)
             async with within(terms.until, self._clock):
-                await stack.enter_async_context(self._charged(caller))
                 collection = await self._collections.find(caller, name)
                 self._collections.servable(collection)
                 served = self._models.find(collection.model)
@@ -130,16 +132,27 @@ class IngestFlow:
         self, caller: Caller, name: str, documents: Sequence[str], terms: Terms
     ) -> Taken:
         """Hand over deletes, by id; `absent` are those that did not exist."""
+        level = terms.wait or "indexed"
         async with AsyncExitStack() as stack:
+            first = await self._begun(stack, caller, terms)
+            if first is not None:
+                taken = Taken(first, len(documents), replayed=True)
+                return await self._followed(taken, level, terms.until)
             async with within(terms.until, self._clock):
-                await stack.enter_async_context(self._charged(caller))
                 collection = await self._collections.find(caller, name)
             items = [delete_item(document) for document in documents]
-            return await self._hand_over(caller, collection, items, terms, terms.wait or "indexed")
+            return await self._hand_over(caller, collection, items, terms, level)
 
-    def _charged(self, caller: Caller) -> AbstractAsyncContextManager[Permit]:
-        """The request itself; its tokens are charged where they are embedded."""
-        return self._quotas.admitted(caller, "bulk", tokens=0, param="documents")
+    async def _begun(self, stack: AsyncExitStack, caller: Caller, terms: Terms) -> Job | None:
+        """Charge the request itself: its tokens are charged where they are embedded.
+
+        Returns the job that its Idempotency-Key has made, if any. Its collection may be gone.
+        """
+        async with within(terms.until, self._clock):
+            admitted = self._quotas.admitted(caller, "bulk", tokens=0, param="documents")
+            await stack.enter_async_context(admitted)
+            once = terms.once
+            return None if once is None else await self._jobs.first_job(caller.tenant, once)
 
     def _items(self, served: Served, documents: Sequence[Document]) -> list[NewItem]:
         return [document_item(served, self._settings, document) for document in documents]
@@ -169,18 +182,21 @@ class IngestFlow:
         with self._feed.watch(job.id) as watch:
             accepted = await self._jobs.submit_job(new_op(), job, items, terms.once)
             taken = Taken(accepted.job, len(items), replayed=accepted.replayed)
-            if level == "accepted":
-                return taken
-            return await self._followed(taken, watch, terms.until)
+            return await self._followed(taken, level, terms.until, watch)
 
-    async def _followed(self, taken: Taken, watch: Watch, until: float | None) -> Taken:
-        """Wait for the job's end, then tell what became of its items, or how far they are.
+    async def _followed(
+        self, taken: Taken, level: Level, until: float | None, watch: Watch | None = None
+    ) -> Taken:
+        """Unless that it was accepted is enough: wait for the job's end, then tell what became of its
+        items, or how far they are. A job that was just made is waited for by `watch`.
 
         When the Store cannot be asked, that they were accepted is all that is known.
         """
+        if level == "accepted":
+            return taken
         waits_s = self._settings.limits.bulk_deadline_s if until is None else until - self._clock()
         try:
-            if not taken.replayed:
+            if watch is not None and not taken.replayed:
                 ended = taken.job.ended or await watch.ended(waits_s)
             else:
                 ended = await self._ended(taken.job, waits_s)

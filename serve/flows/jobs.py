@@ -6,8 +6,8 @@ caller's tenant: another's job is not found.
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from serve.content.documents import Document, validate_documents
@@ -42,6 +42,10 @@ from serve.records import Caller, Collection, Klass, QueueReport
 
 RESULTS_PAGE = 500
 """Ended items read from the Store at once: a stream of results holds about 200 KB."""
+
+RETRIED_ITEMS = 2000
+"""Numbers of items among which the dead ones are tried again in one transaction, about 40 ms: others
+wait behind it."""
 
 REPORTS_KEPT_S = 0.5
 """Predictions are some seconds old anyway."""
@@ -81,7 +85,7 @@ class JobSeen:
 
 
 class JobFlow:
-    """Jobs of the caller's tenant. Only `submit` and `retry` count as requests."""
+    """Jobs of the caller's tenant. `submit`, `retry`, pausing and resuming count as requests."""
 
     def __init__(
         self,
@@ -119,6 +123,8 @@ class JobFlow:
         """
         self._check(request)
         async with self._quotas.admitted(caller, "bulk", tokens=0):
+            if once is not None and (earlier := await self._store.first_job(caller.tenant, once)):
+                return Accepted(earlier, replayed=True)
             collection = await self._collections.find(caller, request.collection)
             self._collections.servable(collection)
             job = self._job(caller, collection, request)
@@ -213,14 +219,29 @@ class JobFlow:
             after = some[-1].seq
 
     async def change(self, caller: Caller, job_id: str, change: Change) -> JobSeen:
-        """Cancel, pause or resume; a repeat changes nothing. Raises NotFound, Conflict."""
-        job = await self._store.change_job(new_op(), caller.tenant, job_id, change)
+        """Cancel, pause or resume; a repeat changes nothing. Raises NotFound, Conflict, QuotaExceeded.
+
+        Pausing and resuming count as requests: they move thousands of items. Cancelling is free.
+        """
+        async with AsyncExitStack() as stack:
+            if change != "cancel":
+                await stack.enter_async_context(self._quotas.admitted(caller, "bulk", tokens=0))
+            job = await self._store.change_job(new_op(), caller.tenant, job_id, change)
         return JobSeen(job, None, await self._eta_s(job))
 
     async def retry(self, caller: Caller, job_id: str, replay: Replay) -> int:
-        """Try dead items again; returns how many, or would be. Raises NotFound, Conflict."""
+        """Try dead items again; returns how many, or would be. Raises NotFound, Conflict.
+
+        A large job comes in parts: when it fails half-way, some are tried and a repeat does the rest.
+        """
         async with self._quotas.admitted(caller, "bulk", tokens=0):
-            return await self._store.retry_items(new_op(), caller.tenant, job_id, replay)
+            view = await self._store.find_job(caller.tenant, job_id)
+            total = 1 if view is None or replay.seq is not None else view.job.total
+            count = 0
+            for first in range(0, max(total, 1), RETRIED_ITEMS):
+                part = replace(replay, part=(first, first + RETRIED_ITEMS))
+                count += await self._store.retry_items(new_op(), caller.tenant, job_id, part)
+            return count
 
     async def stats(self, caller: Caller) -> Stats:
         """The tenant's items by how far they are, up to `jobs.stats_s` old."""

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from itertools import islice
 
 from serve.config import Settings
-from serve.errors import ServiceError
-from serve.flows.landing import all_landed, chunk_id, unlanded
+from serve.errors import BadInput, IndexUnavailable, Internal, ServiceError
+from serve.flows.landing import chunk_id
 from serve.items import Item
 from serve.ports import Upserter
 from serve.records import Collection, Outcome, Record, Tombstone, Write
@@ -33,15 +33,18 @@ class Lander:
     ) -> dict[int, ServiceError | None]:
         """Land them; returns the items that did not, with why (None: superseded).
 
-        Raises Overloaded, IndexUnavailable, DeadlineExceeded: then all of it can be repeated.
+        Raises Overloaded, TooLarge, Internal, and IndexUnavailable, also where writes came back
+        untried: then all of it can be repeated.
         """
         writes = [record for one in landings for record in one.records]
         owners = [one.item.id for one in landings for _ in one.records]
         fates: dict[int, ServiceError | None] = {}
         outcomes = await self._offer(collection, writes)
         for item, outcome in zip(owners, outcomes, strict=True):
-            if outcome.word != "landed":
-                fates.setdefault(item, unlanded(outcome))
+            if outcome.word == "superseded":
+                fates.setdefault(item, None)
+            elif outcome.word == "rejected":
+                fates.setdefault(item, BadInput(f"The index refused it: {outcome.reason}"))
         stale = (
             Tombstone(
                 chunk_id(collection, one.item.name, ordinal), one.item.name, one.item.generation
@@ -50,12 +53,18 @@ class Lander:
             if one.item.id not in fates
             for ordinal in range(len(one.records), one.item.chunks_max)
         )
-        all_landed(await self._offer(collection, stale))
+        for outcome in await self._offer(collection, stale):
+            if outcome.word == "rejected":
+                raise Internal(f"The index refused a delete: {outcome.reason}")
         return fates
 
     async def _offer(self, collection: Collection, writes: Iterable[Write]) -> list[Outcome]:
+        """Raises IndexUnavailable when the writer gave some back: it leaves, or ran out of time."""
         outcomes: list[Outcome] = []
         waiting = iter(writes)
         while part := list(islice(waiting, self._items_max)):
-            outcomes += await self._upserter.offer(collection.uuid, part, self._deadline_s)
+            some = await self._upserter.offer(collection.uuid, part, self._deadline_s)
+            if any(outcome.word == "released" for outcome in some):
+                raise IndexUnavailable("The index did not take it in time.", retry_after_s=1)
+            outcomes += some
         return outcomes

@@ -1,22 +1,12 @@
 """What `serve.flows.document_work` does to documents between their text and their outcome: no I/O."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from serve.config import Settings
 from serve.content.chunking import chunk
 from serve.content.documents import Document
-from serve.errors import BadInput, DeadlineExceeded, IndexUnavailable, Internal, ServiceError
 from serve.flows.models import Served
-from serve.records import (
-    Chunk,
-    Collection,
-    Outcome,
-    Record,
-    TokenIds,
-    Vector,
-    record_id,
-)
+from serve.records import Chunk, Collection, Record, TokenIds, Vector, record_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,21 +56,3 @@ def records(
         )
         for position, piece in enumerate(one.chunks)
     ]
-
-
-def unlanded(outcome: Outcome) -> ServiceError | None:
-    """Why a record did not land; None when a newer write of its document was accepted."""
-    if outcome.word == "superseded":
-        return None
-    if outcome.word == "rejected":
-        return BadInput(f"The index refused it: {outcome.reason}")
-    return IndexUnavailable(f"It was not written in time. {outcome.reason}".strip())
-
-
-def all_landed(outcomes: Sequence[Outcome]) -> None:
-    """Deletes land or are given back. Raises DeadlineExceeded, Internal."""
-    for outcome in outcomes:
-        if outcome.word == "released":
-            raise DeadlineExceeded("The delete was not done in time; repeat it.", retry_after_s=1)
-        if outcome.word == "rejected":
-            raise Internal(f"The index refused a delete: {outcome.reason}")

@@ -13,11 +13,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from serve.admission.keys import new_key, successor
 from serve.allowance import Allowance
-from serve.config import Name, Settings
+from serve.config import Settings
 from serve.errors import BadInput, NotFound
 from serve.flows.context import new_op
 from serve.ports import Keys, Tenants
 from serve.records import KLASSES, AuditEntry, Key, Role, Tenant
+from serve.section import Name
 
 
 OVERLAP_S_MAX = 90 * 86_400

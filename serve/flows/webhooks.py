@@ -11,7 +11,7 @@ import logging
 import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from serve.admission.quotas import Permit
@@ -45,6 +45,8 @@ AWAY_S = 0.5
 
 GONE = 410
 
+FAULT = "The sender failed; the operator's log says why."
+
 log = logging.getLogger("headrace.webhooks")
 
 
@@ -57,7 +59,7 @@ class MadeWebhook:
     """A webhook with its secret, which nobody can show again."""
 
     webhook: Webhook
-    secret: str
+    secret: str = field(repr=False)
 
 
 class WebhookFlow:
@@ -178,15 +180,17 @@ class Sender:
 
     async def run(self) -> None:
         """Send until `drain`, or until cancelled. Raises only on a fault of this code."""
-        async with asyncio.TaskGroup() as tasks:
-            while not self._leaving:
-                for due in await self._claim():
-                    task = tasks.create_task(self._deliver(due))
-                    self._sending.add(task)
-                    task.add_done_callback(self._sending.discard)
-                if len(self._sending) >= self._rules.sends_max:
-                    await asyncio.wait(self._sending, return_when=asyncio.FIRST_COMPLETED)
-        self._ended.set()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                while not self._leaving:
+                    for due in await self._claim():
+                        task = tasks.create_task(self._deliver(due))
+                        self._sending.add(task)
+                        task.add_done_callback(self._sending.discard)
+                    if len(self._sending) >= self._rules.sends_max:
+                        await asyncio.wait(self._sending, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._ended.set()
 
     async def drain(self, wait_s: float) -> None:
         """Claim no more, and finish within `wait_s` what is being sent."""
@@ -205,7 +209,21 @@ class Sender:
             return ()
 
     async def _deliver(self, due: Due) -> None:
-        tried = await self._try(due)
+        """Send it once, and keep what became of it. A rim: one delivery's fault must not sink the
+        others, and one that is not settled would be back to sink the next worker.
+        """
+        try:
+            try:
+                tried = await self._try(due)
+            except Exception:
+                log.exception("delivery %s could not be sent", due.delivery.id)
+                tried = self._judged(due, "unreachable", FAULT)
+            await self._settle(tried)
+        except Exception:
+            log.exception("delivery %s could not be settled", due.delivery.id)
+
+    async def _settle(self, tried: Tried) -> None:
+        """Until the Store has it, or the lease would be over anyway."""
         loop = asyncio.get_running_loop()
         until = loop.time() + LEASE_MARGIN_S
         while True:
@@ -221,21 +239,14 @@ class Sender:
 
     async def _try(self, due: Due) -> Tried:
         """Send it once; see what follows."""
-        outcome: Outcome
-        error, retry_after = "", None
         try:
             answer = await self._post(due)
         except Refused as refusal:
-            outcome, error = "refused", str(refusal)
+            return self._judged(due, "refused", str(refusal))
         except Unreachable as failure:
-            outcome, error = "unreachable", str(failure)
-        except Exception:  # a rim: one delivery's fault must not sink the others
-            log.exception("delivery %s could not be sent", due.delivery.id)
-            outcome, error = "unreachable", "The sender failed; the operator's log says why."
-        else:
-            outcome, retry_after = answer.status, answer.headers.get("retry-after")
-            error = "" if answer.status in range(200, 300) else _beginning(answer.body)
-        return self._judged(due, outcome, error, retry_after)
+            return self._judged(due, "unreachable", str(failure))
+        error = "" if answer.status in range(200, 300) else _beginning(answer.body)
+        return self._judged(due, answer.status, error, answer.headers.get("retry-after"))
 
     async def _post(self, due: Due) -> Answer:
         now = self._wall()
@@ -244,7 +255,9 @@ class Sender:
         headers = signed_headers(live, due.delivery.id, now, body)
         return await self._client.post(due.webhook.url, content=body, headers=headers)
 
-    def _judged(self, due: Due, outcome: Outcome, error: str, retry_after: str | None) -> Tried:
+    def _judged(
+        self, due: Due, outcome: Outcome, error: str, retry_after: str | None = None
+    ) -> Tried:
         now = self._wall()
         found = verdict(
             outcome,

@@ -13,7 +13,7 @@ from serve.items import JOB_ENDS, Event, Job
 from serve.jobs import deliveries
 from serve.jobs.bell import note
 from serve.jobs.job_tables import job_events, job_totals, jobs
-from serve.jobs.rows import execute, write
+from serve.jobs.rows import execute, parts, write
 
 
 TOLD_S = 0.5
@@ -89,14 +89,13 @@ class Book:
 
     def open(self, ids: Iterable[str], *, if_free: bool = False) -> None:
         """Lock these jobs; those that do not exist stay closed, with `if_free` locked ones too."""
-        wanted = [each for each in dict.fromkeys(ids) if each not in self._jobs]
-        if not wanted:
-            return
-        for row in self.conn.execute(_LOCKED_IF_FREE if if_free else _LOCKED, {"ids": wanted}):
-            self._jobs[row.id] = job_of(row)
-            self._was[row.id] = row
-            self._untold[row.id] = row.untold
-            self._moving[row.id] = row.moving
+        locking = _LOCKED_IF_FREE if if_free else _LOCKED
+        for part in parts(sorted({each for each in ids if each not in self._jobs})):
+            for row in self.conn.execute(locking, {"ids": part}).all():
+                self._jobs[row.id] = job_of(row)
+                self._was[row.id] = row
+                self._untold[row.id] = row.untold
+                self._moving[row.id] = row.moving
 
     def add(self, job: Job) -> None:
         """A new job."""

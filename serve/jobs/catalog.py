@@ -6,6 +6,7 @@ from dataclasses import asdict
 import sqlalchemy as sa
 
 from serve.errors import Conflict, QuotaExceeded
+from serve.jobs import tenants
 from serve.jobs.tables import collections, documents
 from serve.records import Collection
 
@@ -27,6 +28,7 @@ def create(conn: sa.Connection, collection: Collection, collections_max: int | N
     Raises Conflict when the tenant has a live one of that name, QuotaExceeded when it has
     `collections_max` of them.
     """
+    tenants.hold(conn, collection.tenant)
     if find(conn, collection.tenant, collection.name) is not None:
         raise Conflict(f"collection {collection.name} exists", param="name")
     live = conn.execute(_COUNT, {"tenant": collection.tenant}).scalar_one()

@@ -98,11 +98,14 @@ _VERSIONS = sa.select(documents.c.document, documents.c.generation, documents.c.
 
 @dataclass(slots=True)
 class _Pick:
-    """Rows to lease in their order, what each class was given, and which were left empty."""
+    """Rows to lease in their order, what each class was given, which were left empty, and whether there
+    may be more for another claim.
+    """
 
     rows: list[Any] = field(default_factory=list)
-    given: list[dict[str, Any]] = field(default_factory=list)
+    given: list[order.Served] = field(default_factory=list)
     empty: list[Klass] = field(default_factory=list)
+    more: bool = False
 
 
 def claim(
@@ -118,20 +121,17 @@ def claim(
     """Lease the next items of a stage in fair order, see `job_ports.Queue`. None: the owner has left."""
     pick = _pick(conn, owner, stage, wanted, shares)
     if pick.rows:
-        note(conn, stage)  # there may be more, and if the owner has left this is for another
-        if not _alive(conn, owner, now + lease_s):
+        alive = _alive(conn, owner, now + lease_s)
+        if pick.more or not alive:
+            note(conn, stage)  # for another
+        if not alive:
             return None
-    for each in pick.given:
-        order.served(conn, stage, **each)
-    for klass in pick.empty:
-        order.emptied(conn, stage, klass)
-    if not pick.rows:
-        return Claim()
-    ids = [row.id for row in pick.rows]
-    leased = conn.execute(_LEASE, {"ids": ids, "who": owner, "now": now}).all()
-    by_id = {row[0]: row for row in leased}
-    rows = [by_id[each] for each in ids]
-    return _filled(conn, rows, alone=_is_alone(pick.rows), now=now)
+        leased = _leased(conn, owner, pick.rows, now)
+        found = _filled(conn, owner, leased, alone=_is_alone(pick.rows), now=now)
+    else:
+        found = Claim()
+    order.follow(conn, stage, pick.given, pick.empty)
+    return found
 
 
 def keep(
@@ -143,29 +143,39 @@ def keep(
     rows = {row.id: row.leased_at for row in conn.execute(_HELD, {"who": owner})}
     works_on = frozenset(held)
     lost = [each for each, since in rows.items() if each not in works_on and since < now - lease_s]
-    settling.requeue(conn, lost, now)
+    settling.requeue(conn, owner, lost, now)
     return works_on - frozenset(rows)
 
 
 def leave(conn: sa.Connection, owner: str, now: float) -> None:
-    """The owner ends by itself: no crash."""
-    settling.requeue(conn, [row.id for row in conn.execute(_HELD, {"who": owner})], now)
+    """The owner ends by itself: no crash.
+
+    It is gone first: a claim of it on Postgres is either seen below, or sees that.
+    """
     until = now + GONE_S
     if conn.execute(_LEAVE, {"who": owner, "until": until}).rowcount == 0:
         conn.execute(_ADD_OWNER, {"owner": owner, "alive_until": until, "gone": True})
+    settling.requeue(conn, owner, _ids_of(conn, owner), now)
 
 
 def reap(conn: sa.Connection, now: float, rows_max: int, *, leases: Leases) -> int:
-    """Take back what silent owners have; returns how many owners that were.
+    """Take back what silent owners have, until it is `rows_max` items or more; returns how many owners
+    and items that were.
 
     An owner that comes back later finds its leases over.
     """
-    silent = conn.execute(_SILENT, {"now": now, "most": rows_max}).scalars().all()
-    for owner in silent:
-        ids = [row.id for row in conn.execute(_HELD, {"who": owner})]
-        settling.crashed(conn, ids, crashes_max=leases.crashes_max, now=now)
+    held: dict[str, Sequence[int]] = {}
+    count = 0
+    for owner in conn.execute(_SILENT, {"now": now, "most": rows_max}).scalars().all():
+        if count >= rows_max:
+            break
+        held[owner] = _ids_of(conn, owner)
+        count += 1 + len(held[owner])
+    # In one book: who has written events holds their lock, and must not wait for jobs after that.
+    settling.crashed(conn, held, crashes_max=leases.crashes_max, now=now)
+    for owner in held:
         conn.execute(_FORGET, {"who": owner})
-    return len(silent)
+    return count
 
 
 def spare(conn: sa.Connection, now: float, *, lease_s: float) -> None:
@@ -193,16 +203,17 @@ def _pick(
         head = conn.execute(_HEAD, {"s": stage, "k": klass, "most": room}).all()
         taken = _fitting(head, cost_left, first=not pick.rows)
         if _is_alone(taken) and _has_one_alone(conn, owner):
+            pick.more = True
             break
         if taken:
             cost = sum(row.cost for row in taken)
             start, took = max(roots[klass], roots[""]), cost / shares[klass]
-            given = {"klass": klass, "start": start, "took": took, "last": taken[-1].tag}
             roots[""] = start
-            pick.given.append(given)
+            pick.given.append(order.Served(klass, start, took, taken[-1].tag))
             pick.rows += taken
             cost_left -= cost
         if len(taken) < len(head) or len(taken) == room or _is_alone(taken):
+            pick.more = True
             break
         pick.empty.append(klass)
         room -= len(taken)
@@ -231,12 +242,28 @@ def _has_one_alone(conn: sa.Connection, owner: str) -> bool:
     return any(row.crashes >= ALONE_FROM for row in conn.execute(_HELD, {"who": owner}))
 
 
-def _filled(conn: sa.Connection, rows: Sequence[Any], *, alone: bool, now: float) -> Claim:
-    """Claimed rows with all that a worker needs beside them."""
+def _leased(conn: sa.Connection, owner: str, rows: Sequence[Any], now: float) -> list[Any]:
+    """Let an owner have what was picked; whole rows, in its order."""
+    ids = [row.id for row in rows]
+    leased = conn.execute(_LEASE, {"ids": ids, "who": owner, "now": now}).all()
+    by_id = {row[0]: row for row in leased}
+    return [by_id[each] for each in ids]
+
+
+def _ids_of(conn: sa.Connection, owner: str) -> list[int]:
+    """What an owner has leased, as far as is committed."""
+    return [row.id for row in conn.execute(_HELD, {"who": owner})]
+
+
+def _filled(
+    conn: sa.Connection, owner: str, rows: Sequence[Any], *, alone: bool, now: float
+) -> Claim:
+    """Leased rows with all that a worker needs beside them."""
     jobs = read(conn, {row.job for row in rows})
     late = [row.id for row in rows if _is_late(row, jobs[row.job])]
     if late:
-        settling.requeue(conn, late, now)
+        # Who holds a job may wait for items that this claim holds, so it waits for no job.
+        settling.requeue(conn, owner, late, now, if_free=True)
         gone = frozenset(late)
         rows = [row for row in rows if row.id not in gone]
         jobs = {row.job: jobs[row.job] for row in rows}

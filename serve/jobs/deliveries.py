@@ -9,14 +9,15 @@ tenant has more than its bound under way.
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import sqlalchemy as sa
 
 from serve.errors import Conflict, NotFound
 from serve.items import Event, new_id
-from serve.jobs import webhook_rows
+from serve.jobs import tenants, webhook_rows
 from serve.jobs.bell import note
+from serve.jobs.pages import newest
 from serve.jobs.webhook_tables import IS_LEASED, IS_OVER, IS_PENDING, deliveries, webhooks
 from serve.jobs.webhooks import payload
 from serve.webhooks import Delivery, DeliveryState, Due, Share, Tried, Webhook
@@ -154,13 +155,14 @@ def listed(
 ) -> list[Delivery]:
     """A webhook's deliveries, newest first: ids sort by time. Raises NotFound."""
     webhook_rows.mine(conn, tenant, webhook)
-    some = sa.select(deliveries).where(deliveries.c.webhook == webhook)
-    if states:
-        some = some.where(deliveries.c.state.in_(list(states)))
-    if after:
-        some = some.where(deliveries.c.id < after)
-    some = some.order_by(deliveries.c.id.desc()).limit(limit)
-    return [Delivery(*row) for row in conn.execute(some)]
+    runs = [
+        (deliveries.c.webhook == webhook, deliveries.c.state == state)
+        for state in frozenset(states or get_args(DeliveryState))
+    ]
+    some = sa.select(deliveries).where(
+        deliveries.c.id.in_(newest(deliveries.c.id, runs, after, limit))
+    )
+    return [Delivery(*row) for row in conn.execute(some.order_by(deliveries.c.id.desc()))]
 
 
 def redeliver(
@@ -191,11 +193,12 @@ def redeliver(
 
 def claim(conn: sa.Connection, share: Share, now: float) -> list[Due]:
     """Lease what is due, fairly between tenants and between the webhooks of each."""
-    under_way: dict[str, int] = {
-        row.tenant: row.sends for row in conn.execute(_UNDER_WAY, {"now": now})
-    }
-    first = _served(_heads_of(conn), under_way, now)[: share.most]  # each has one at least
-    ids = _fair(conn, first, share, under_way, now)
+    # Each of these has one at least.
+    first = _served(_heads_of(conn), _under_way(conn, now), now)[: share.most]
+    if not first:
+        return []
+    tenants.hold(conn, *{hook.tenant for hook in first})
+    ids = _fair(conn, first, share, _under_way(conn, now), now)
     if not ids:
         return []
     values = {"ids": ids, "now": now, "until": now + share.lease_s}
@@ -275,6 +278,11 @@ def _callable(conn: sa.Connection, tenant: str, webhook: str) -> Webhook:
             code="webhook_disabled",
         )
     return found
+
+
+def _under_way(conn: sa.Connection, now: float) -> dict[str, int]:
+    """How many of each tenant are being sent."""
+    return {row.tenant: row.sends for row in conn.execute(_UNDER_WAY, {"now": now})}
 
 
 def _heads_of(conn: sa.Connection) -> list[_Head]:

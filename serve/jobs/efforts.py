@@ -26,6 +26,22 @@ _ADD = (
     )
 )
 _NEW = sa.insert(efforts)
+_OF_DAYS = (
+    sa.select(
+        efforts.c.task,
+        efforts.c.stage,
+        efforts.c.word,
+        sa.func.sum(efforts.c.tries),
+        sa.func.sum(efforts.c.seconds),
+    )
+    .where(
+        # One by one: they stand first in the key, so each is a seek.
+        efforts.c.day.in_(sa.bindparam("days", expanding=True)),
+        efforts.c.tenant == sa.bindparam("tenant"),
+    )
+    .group_by(efforts.c.task, efforts.c.stage, efforts.c.word)
+    .order_by(efforts.c.task, efforts.c.stage, efforts.c.word)
+)
 
 DAY_S = 86_400
 
@@ -55,19 +71,9 @@ class Efforts:
 
 def listed(conn: sa.Connection, tenant: str, days: int, now: float) -> Sequence[Effort]:
     """A tenant's tries of today and of the days before, `days` in all."""
-    sums = (
-        sa.select(
-            efforts.c.task,
-            efforts.c.stage,
-            efforts.c.word,
-            sa.func.sum(efforts.c.tries),
-            sa.func.sum(efforts.c.seconds),
-        )
-        .where(efforts.c.tenant == tenant, efforts.c.day > _day(now) - days)
-        .group_by(efforts.c.task, efforts.c.stage, efforts.c.word)
-        .order_by(efforts.c.task, efforts.c.stage, efforts.c.word)
-    )
-    return [Effort(*row[:3], int(row[3]), float(row[4])) for row in conn.execute(sums)]
+    today = _day(now)
+    values = {"days": [*range(today - days + 1, today + 1)], "tenant": tenant}
+    return [Effort(*row[:3], int(row[3]), float(row[4])) for row in conn.execute(_OF_DAYS, values)]
 
 
 def purge(conn: sa.Connection, now: float, rows_max: int) -> int:

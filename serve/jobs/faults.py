@@ -21,7 +21,12 @@ TEXT_MAX = 500
 """Characters of an error that are kept with an item."""
 
 LATER_S = 5.0
-"""After this an item is tried again whose refusal did not say when."""
+"""After this an item is tried again when there was no room for it, and nobody said for how long."""
+
+HOPELESS_S = 900.0
+"""After about this, when its tenant was refused and waiting is pointless: a month's limit is used up, or
+an operator has something to mend.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +40,11 @@ class Retries:
 
     def after(self, failed: int) -> float:
         """Seconds after the try number `failed` (from 1), 20 % more or less by chance."""
-        plain = min(self.first_s * self.factor ** (failed - 1), self.most_s)
-        return plain * self.rng.uniform(0.8, 1.2)
+        return self.about(min(self.first_s * self.factor ** (failed - 1), self.most_s))
+
+    def about(self, plain_s: float) -> float:
+        """So many seconds, 20 % more or less by chance."""
+        return plain_s * self.rng.uniform(0.8, 1.2)
 
 
 def fault_of(error: Exception) -> Fault:
@@ -56,7 +64,8 @@ def settled(item: Item, error: Exception, retries: Retries) -> Settlement:
         return Settlement(item.id, item.lease, "dead", fault=fault)
     wait_s = error.retry_after_s if isinstance(error, ServiceError) else None
     if fault.kind == "rate_limit":
-        return Settlement(item.id, item.lease, "release", fault=fault, delay_s=wait_s or LATER_S)
+        later_s = LATER_S if isinstance(error, Overloaded) else retries.about(HOPELESS_S)
+        return Settlement(item.id, item.lease, "release", fault=fault, delay_s=wait_s or later_s)
     delay_s = max(retries.after(item.attempts + 1), wait_s or 0.0)
     return Settlement(item.id, item.lease, "retry", fault=fault, delay_s=delay_s)
 

@@ -1,16 +1,15 @@
 """The port of files over one `Committer`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from serve.items import FileRoom, Order, StoredFile
 from serve.job_ports import Files
-from serve.jobs import files
+from serve.jobs import files, handed
 from serve.jobs.job_owner import JobOwner
-from serve.jobs.operations import Codec
+from serve.jobs.operations import WHETHER, Codec
 
 
-THERE: Codec[bool] = Codec(bool, bool)
 FILE: Codec[StoredFile] = Codec(asdict, lambda value: StoredFile(**value))
 
 
@@ -22,7 +21,7 @@ class FileOwner(JobOwner, Files):
     ) -> StoredFile:
         """See Files."""
         return await self._once(
-            op, "create_file", FILE, lambda conn, _now: files.create(conn, file, room)
+            op, "create_file", FILE, lambda conn, now: files.create(conn, file, room, now)
         )
 
     async def find_file(self, tenant: str, file: str) -> StoredFile | None:
@@ -48,9 +47,13 @@ class FileOwner(JobOwner, Files):
     async def delete_file(self, op: str, tenant: str, file: str) -> bool:
         """See Files."""
         return await self._once(
-            op, "delete_file", THERE, lambda conn, _now: files.delete(conn, tenant, file)
+            op, "delete_file", WHETHER, lambda conn, _now: files.delete(conn, tenant, file)
         )
 
     async def expired_files(self, limit: int) -> Sequence[StoredFile]:
         """See Files."""
         return await self._do(lambda conn, now: files.expired(conn, limit, now))
+
+    async def jobs_over(self, jobs: Sequence[str]) -> Mapping[str, bool]:
+        """See Files."""
+        return await self._do(lambda conn, now: handed.over(conn, jobs, now))

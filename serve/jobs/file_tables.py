@@ -16,5 +16,5 @@ files = sa.Table(
     sa.Column("sha256", sa.String, nullable=False),
     sa.Column("created_at", sa.Double, nullable=False),
     sa.Column("expires_at", sa.Double, nullable=False, index=True),
-    sa.Index("ix_files_tenant", "tenant", "created_at", "id"),
+    sa.Index("ix_files_listed", "tenant", "id"),
 )

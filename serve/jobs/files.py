@@ -5,8 +5,9 @@ from dataclasses import asdict
 
 import sqlalchemy as sa
 
-from serve.errors import NotFound, QuotaExceeded
+from serve.errors import QuotaExceeded
 from serve.items import FileRoom, Order, StoredFile
+from serve.jobs import tenants
 from serve.jobs.file_tables import files
 
 
@@ -14,22 +15,22 @@ _MINE = sa.and_(files.c.tenant == sa.bindparam("tenant"), files.c.id == sa.bindp
 _LIVE = files.c.expires_at > sa.bindparam("now")
 _ONE = sa.select(files).where(_MINE, _LIVE)
 _DELETE = sa.delete(files).where(_MINE)
-_KEPT = sa.select(
+_UPLOADED = sa.select(
     sa.func.count(), sa.func.coalesce(sa.func.sum(files.c.size), sa.literal_column("0"))
-).where(files.c.tenant == sa.bindparam("tenant"))
+).where(files.c.tenant == sa.bindparam("tenant"), files.c.purpose == "batch", _LIVE)
 _EXPIRED = (
     sa.select(files)
     .where(files.c.expires_at <= sa.bindparam("now"))
     .order_by(files.c.expires_at)
     .limit(sa.bindparam("most"))
 )
-_PLACE = sa.tuple_(files.c.created_at, files.c.id)
 
 
-def create(conn: sa.Connection, file: StoredFile, room: FileRoom | None) -> StoredFile:
+def create(conn: sa.Connection, file: StoredFile, room: FileRoom | None, now: float) -> StoredFile:
     """Keep a file; one of the same id is replaced. Raises QuotaExceeded when there is no room."""
     if room is not None:
-        count, size = conn.execute(_KEPT, {"tenant": file.tenant}).one()
+        tenants.hold(conn, file.tenant)
+        count, size = conn.execute(_UPLOADED, {"tenant": file.tenant, "now": now}).one()
         if count >= room.files:
             raise QuotaExceeded(
                 f"You have {count} files already; {room.files} are allowed.", code="stored_files"
@@ -61,18 +62,13 @@ def listed(
     limit: int,
     now: float,
 ) -> list[StoredFile]:
-    """The tenant's files by age, those behind the file `after`. Raises NotFound for that one."""
+    """The tenant's files by age, those behind the id `after`: ids sort by time."""
     some = sa.select(files).where(files.c.tenant == tenant, files.c.expires_at > now)
     if purpose is not None:
         some = some.where(files.c.purpose == purpose)
     if after:
-        last = find(conn, tenant, after, now)
-        if last is None:
-            raise NotFound(f"There is no file {after!r}.", param="after")
-        place = sa.tuple_(sa.literal(last.created_at), sa.literal(last.id))
-        some = some.where(place > _PLACE if order == "desc" else place < _PLACE)
-    keys = (files.c.created_at, files.c.id)
-    some = some.order_by(*(key.desc() if order == "desc" else key for key in keys))
+        some = some.where(files.c.id < after if order == "desc" else files.c.id > after)
+    some = some.order_by(files.c.id.desc() if order == "desc" else files.c.id)
     return [StoredFile(*row) for row in conn.execute(some.limit(limit))]
 
 

@@ -1,8 +1,9 @@
 """Statements of `job_ports.Jobs` and `job_ports.Events` about what was handed over already: find, list, change,
-retry, count. All but `events` are scoped to one tenant.
+retry, count; and of the ticks that end and forget jobs. What a tenant asks for is scoped to it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import get_args
 
 import sqlalchemy as sa
 
@@ -22,14 +23,19 @@ from serve.items import (
     StageCount,
     Stats,
 )
-from serve.jobs import progress
+from serve.jobs import order, progress
 from serve.jobs.book import JOBS, Book, Delta, Sums, job_of, read
 from serve.jobs.job_tables import IS_UNIT, JOB_IS_OPEN, items, job_events, job_totals, jobs
+from serve.jobs.pages import newest
 from serve.records import KLASSES
 
 
 PURGE_JOBS = 200
 """Ended jobs forgotten at once, when they are small."""
+
+EXPIRED_JOBS = 10
+"""Jobs stopped in one transaction when their time is over: each has a place in the fair order to give
+up, up to 100 ms, and others wait behind it."""
 
 _OF_THE_END = ("completed", "completed_with_errors", "failed", "finalizing")
 
@@ -105,14 +111,13 @@ def listed(
     limit: int,
 ) -> list[Job]:
     """The tenant's jobs, newest first: ids sort by time."""
-    some = JOBS.where(jobs.c.tenant == tenant).order_by(jobs.c.id.desc()).limit(limit)
-    if kind is not None:
-        some = some.where(jobs.c.kind == kind)
-    if states:
-        some = some.where(jobs.c.state.in_(list(states)))
-    if after:
-        some = some.where(jobs.c.id < after)
-    return [job_of(row) for row in conn.execute(some)]
+    runs = [
+        (jobs.c.tenant == tenant, jobs.c.kind == one, jobs.c.state == state)
+        for one in ([kind] if kind else get_args(Kind))
+        for state in frozenset(states or get_args(JobState))
+    ]
+    some = JOBS.where(jobs.c.id.in_(newest(jobs.c.id, runs, after, limit)))
+    return [job_of(row) for row in conn.execute(some.order_by(jobs.c.id.desc()))]
 
 
 def list_items(
@@ -163,22 +168,18 @@ def retry(conn: sa.Connection, tenant: str, job_id: str, replay: Replay, now: fl
     """
     book = Book(conn, now)
     job = _mine(book, tenant, job_id)
-    over = job.expires_at is not None and job.expires_at <= now
-    if over or any(why in job.times for why in progress.STOPS):
+    if _is_over(job, now):
         raise Conflict(
             f"Job {job.id} was stopped: hand over a new one.", param="id", code="job_stopped"
         )
-    dead = [items.c.job == job.id, _IS_DEAD, items.c.seq >= 0]
-    if replay.error_code is not None:
-        dead.append(items.c.error_code == replay.error_code)
-    if replay.seq is not None:
-        dead.append(items.c.seq == replay.seq)
+    dead = [items.c.job == job.id, _IS_DEAD, *_asked(replay)]
     sums = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(items.c.cost), 0.0))
     count, cost = conn.execute(sums.where(*dead)).one()
     if replay.dry_run or not count:
         return int(count)
     again = sa.update(items).where(*dead)
-    conn.execute(again.values(state="paused", attempts=0, crashes=0, updated_at=now))
+    blank = again.values(state="paused", attempts=0, crashes=0, result={}, updated_at=now)
+    conn.execute(blank)
     book.count(job_id, Delta(dead=-count, cost=cost))
     if job.ended or job.state == "finalizing":
         # What was written of its output, or is being written, is not all of it any more.
@@ -191,6 +192,14 @@ def retry(conn: sa.Connection, tenant: str, job_id: str, replay: Replay, now: fl
     progress.move(book, job_id)
     book.close()
     return int(count)
+
+
+def over(conn: sa.Connection, ids: Iterable[str], now: float) -> dict[str, bool]:
+    """See `job_ports.Files.jobs_over`."""
+    return {
+        job.id: job.ended and (job.kind == "documents" or not job.dead or _is_over(job, now))
+        for job in read(conn, ids).values()
+    }
 
 
 def stats(conn: sa.Connection, tenant: str) -> Stats:
@@ -231,20 +240,23 @@ def job_log(conn: sa.Connection, tenant: str, job: str, after: int, limit: int) 
 
 
 def expire(conn: sa.Connection, now: float, rows_max: int) -> int:
-    """Stop open jobs whose time is over; returns how many.
+    """Stop open jobs whose time is over; returns how many, `rows_max` when there are more.
 
     One that stops already goes on so, and one of which only the output is missing gets it.
     """
     book = Book(conn, now)
-    found = conn.execute(_OVER, {"now": now, "most": rows_max}).scalars().all()
+    most = min(rows_max, EXPIRED_JOBS)
+    found = conn.execute(_OVER, {"now": now, "most": most}).scalars().all()
     book.open(found, if_free=True)
-    room = progress.MOVE_ROWS
-    for job_id in found:
-        job = book.find(job_id)
-        if job is not None and not progress.stopping(job) and job.state != "finalizing":
-            room -= progress.stop(book, job_id, "expiring", room)
+    mine = [job for each in found if (job := book.find(each)) is not None]
+    order.hold(conn, {job.tenant for job in mine})
+    room, count = progress.MOVE_ROWS, 0
+    for job in mine:
+        if not progress.stopping(job) and job.state != "finalizing":
+            room -= progress.stop(book, job.id, "expiring", room)
+            count += 1
     book.close()
-    return len(found)
+    return rows_max if count and len(found) == most else count
 
 
 def purge(conn: sa.Connection, now: float, rows_max: int, *, kept_s: float) -> int:
@@ -273,3 +285,23 @@ def _mine(book: Book, tenant: str, job_id: str) -> Job:
     if found is None or found.tenant != tenant:
         raise NotFound(f"There is no job {job_id!r}.", param="id")
     return found
+
+
+def _is_over(job: Job, now: float) -> bool:
+    """Whether its dead items cannot be tried again: it was stopped, or its time is over."""
+    late = job.expires_at is not None and job.expires_at <= now
+    return late or any(why in job.times for why in progress.STOPS)
+
+
+def _asked(replay: Replay) -> list[sa.ColumnElement[bool]]:
+    """Which of a job's dead items that means; never its own ones, below zero."""
+    if replay.seq is not None:
+        which = [items.c.seq == max(replay.seq, 0)]
+    else:
+        first, end = replay.part or (0, None)
+        which = [items.c.seq >= first]
+        if end is not None:
+            which.append(items.c.seq < end)
+    if replay.error_code is not None:
+        which.append(items.c.error_code == replay.error_code)
+    return which

@@ -1,14 +1,16 @@
 """The ports of jobs over one `Committer`: who claims waits here, and is woken by what is stored."""
 
 import asyncio
+import logging
 import math
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
 import sqlalchemy as sa
 
 from serve.config import Jobs as Rules
+from serve.errors import ServiceError
 from serve.items import (
     Accepted,
     Change,
@@ -47,7 +49,10 @@ Chore = Callable[[sa.Connection, float, int], int]
 """Does up to so many rows of what is due, given `now`; returns how many."""
 
 LOOK_S = 1.0
-"""On Postgres who waits looks so often by himself: a notification of another process may be lost."""
+"""Who waits looks so often by himself: a ring may be lost, with the caller who was to ring, or on its way
+from another process."""
+
+log = logging.getLogger(__name__)
 
 
 class JobOwner(Jobs, Queue, Events):
@@ -62,19 +67,22 @@ class JobOwner(Jobs, Queue, Events):
         self._rules = rules
         self._shares = shares
         self._bell = Bell()
-        self._look_s = LOOK_S if isinstance(committer, Postgres) else math.inf
+        self._answered_at: float | None = None
         self._room = submit.Room(rules.open_jobs_max, rules.open_items_max, rules.open_tokens_max)
-        committer.submit(partial(claims.spare, lease_s=rules.lease_s))
 
     async def submit_job(
         self, op: str, job: Job, items: Sequence[NewItem], once: Once | None = None
     ) -> Accepted:
-        """See Jobs."""
+        """See Handover."""
 
         def work(conn: sa.Connection, now: float) -> Accepted:
             return submit.submit(conn, job, items, once, room=self._room, now=now)
 
         return await self._once(op, "submit_job", ACCEPTED, work)
+
+    async def first_job(self, tenant: str, once: Once) -> Job | None:
+        """See Handover."""
+        return await self._do(lambda conn, now: submit.first(conn, tenant, once, now))
 
     async def find_job(self, tenant: str, job: str) -> JobView | None:
         """See Jobs."""
@@ -152,7 +160,9 @@ class JobOwner(Jobs, Queue, Events):
     async def add_items(self, item: int, lease: int, start: int, items: Sequence[NewItem]) -> bool:
         """See Queue."""
         return await self._do(
-            lambda conn, now: submit.add_items(conn, item, lease, start=start, new=items, now=now)
+            lambda conn, now: submit.add_items(
+                conn, item, lease, start=start, new=items, room=self._room, now=now
+            )
         )
 
     async def leave(self, owner: str) -> None:
@@ -183,8 +193,35 @@ class JobOwner(Jobs, Queue, Events):
     async def tick(self) -> None:
         """What is due becomes ready, what silent owners had goes back, what is over ends.
 
-        Somebody calls this every `jobs.tick_s`.
+        Somebody calls this every `jobs.tick_s`. What fails keeps nothing else from being done; the
+        first failure is raised at the end.
         """
+        await self._spare_after_absence()
+        failures: list[ServiceError] = []
+        for chore in self._due():
+            try:
+                while await self._do(chore) >= TICK_ROWS:
+                    pass
+                self._answered_at = asyncio.get_running_loop().time()
+            except ServiceError as error:
+                log.warning("a chore of the Store failed: %s", error)
+                failures.append(error)
+        if failures:
+            raise failures[0]
+
+    async def _spare_after_absence(self) -> None:
+        """Nobody could say that he lives while the Store was away, and who was silent is no dead one.
+
+        The owner of a file was away until it started, other processes on Postgres were not.
+        """
+        lease_s, now = self._rules.lease_s, asyncio.get_running_loop().time()
+        if self._answered_at is None and isinstance(self._committer, Postgres):
+            self._answered_at = now
+        absence_s = math.inf if self._answered_at is None else now - self._answered_at
+        if absence_s > self._rules.tick_s + lease_s / 2:
+            await self._do(partial(claims.spare, lease_s=lease_s))
+
+    def _due(self) -> Iterator[Work[int]]:
         leases = claims.Leases(self._rules.lease_s, self._rules.crashes_max)
         chores: tuple[Chore, ...] = (
             settling.due,
@@ -199,10 +236,17 @@ class JobOwner(Jobs, Queue, Events):
             efforts.purge,
         )
         for chore in chores:
-            while await self._do(_limited(chore)) >= TICK_ROWS:
-                pass
+            yield self._limited(chore)
         if isinstance(self._committer, Postgres):
-            await self._do(self._committer.keep_up)
+            yield self._limited(self._committer.keep_up)
+
+    def _limited(self, chore: Chore) -> Work[int]:
+        def work(conn: sa.Connection, now: float) -> int:
+            if isinstance(self._committer, Postgres) and not self._committer.is_alone(conn):
+                return 0  # another process is at it
+            return chore(conn, now, TICK_ROWS)
+
+        return work
 
     async def _wait(
         self,
@@ -221,7 +265,7 @@ class JobOwner(Jobs, Queue, Events):
                 left_s = until - loop.time()
                 if found(seen) or left_s <= 0:
                     return seen
-                if await heard(waiter, min(left_s, self._look_s)):
+                if await heard(waiter, min(left_s, LOOK_S)):
                     waiter = self._bell.listen(what)  # a new one, before looking again
         except BaseException:
             self._bell.ring(what)  # the ring that we came for is somebody else's
@@ -263,7 +307,3 @@ class JobOwner(Jobs, Queue, Events):
             return operations.once(conn, op, codec, lambda: work(conn, now), method=method, now=now)
 
         return await self._do(kept)
-
-
-def _limited(chore: Chore) -> Work[int]:
-    return lambda conn, now: chore(conn, now, TICK_ROWS)

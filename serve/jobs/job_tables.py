@@ -7,17 +7,11 @@ read often is found before it.
 
 import sqlalchemy as sa
 
-from serve.jobs.tables import metadata
+from serve.jobs.tables import metadata, partial_index
 
 
 BIG_ID = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 """Given by the database: SQLite does so for INTEGER only, and never twice with AUTOINCREMENT."""
-
-
-# Literals: a bound value cannot be matched with the condition of a partial index.
-def _index(name: str, condition: str, *columns: str) -> sa.Index:
-    where = sa.text(condition)
-    return sa.Index(name, *columns, sqlite_where=where, postgresql_where=where)
 
 
 def _text(name: str, default: str = "") -> sa.Column[str]:
@@ -67,12 +61,12 @@ jobs = sa.Table(
     _json("files"),
     _json("times"),
     _json("errors", "[]"),
-    sa.Index("ix_jobs_tenant", "tenant", "id"),
-    _index("ix_jobs_open", JOB_IS_OPEN, "tenant", "klass", "priority"),
-    _index("ix_jobs_moving", "moving", "id"),
-    _index("ix_jobs_untold", "untold", "told_at"),
-    _index("ix_jobs_expiry", f"{JOB_IS_OPEN} AND expires_at IS NOT NULL", "expires_at"),
-    _index("ix_jobs_finished", "finished_at IS NOT NULL", "finished_at"),
+    sa.Index("ix_jobs_listed", "tenant", "kind", "state", "id"),
+    partial_index("ix_jobs_open", JOB_IS_OPEN, "tenant", "klass", "priority"),
+    partial_index("ix_jobs_moving", "moving", "id"),
+    partial_index("ix_jobs_untold", "untold", "told_at"),
+    partial_index("ix_jobs_expiry", f"{JOB_IS_OPEN} AND expires_at IS NOT NULL", "expires_at"),
+    partial_index("ix_jobs_finished", "finished_at IS NOT NULL", "finished_at"),
 )
 """`told_at`: of its last progress event. `untold`: its counts have changed since. `moving`: not all of
 its items have followed yet when it was stopped, paused or resumed."""
@@ -106,10 +100,10 @@ items = sa.Table(
     _json("payload"),
     _json("result"),
     sa.UniqueConstraint("job", "seq", name="uq_items"),
-    _index("ix_items_ready", "state = 'ready'", "stage", "klass", "tag", "id"),
-    _index("ix_items_delayed", "state = 'delayed'", "run_at"),
-    _index("ix_items_leased", "state = 'leased'", "owner"),
-    _index("ix_items_dead", "state = 'dead'", "job", "seq"),
+    partial_index("ix_items_ready", "state = 'ready'", "stage", "klass", "tag", "id"),
+    partial_index("ix_items_delayed", "state = 'delayed'", "run_at"),
+    partial_index("ix_items_leased", "state = 'leased'", "owner"),
+    partial_index("ix_items_dead", "state = 'dead'", "job", "seq"),
     sa.Index("ix_items_count", "job", "stage", "state", "seq"),
     sqlite_autoincrement=True,
 )

@@ -40,6 +40,12 @@ _PAYERS = _LIVE.where(
     keys.c.family.in_(sa.bindparam("families", expanding=True)),
 ).order_by(keys.c.id)
 _COUNT = sa.select(sa.func.count()).select_from(keys).where(_IS_LIVE)
+_ADMINS = (
+    sa.select(keys.c.id)
+    .where(keys.c.role == "admin", keys.c.revoked_at.is_(None))
+    .order_by(keys.c.id)
+    .with_for_update()
+)
 
 
 def find_key(conn: sa.Connection, key_id: str, now: float) -> Key | None:
@@ -121,7 +127,7 @@ def rotate_key(
 
     Raises NotFound, Conflict when another of its family is live.
     """
-    old = _found(conn, key_id, now)
+    old = _held(conn, key_id, now)
     others = _family(old) & (keys.c.id != key_id)
     if conn.execute(_COUNT.where(others), {"now": now}).scalar_one():
         why = (
@@ -161,7 +167,7 @@ def change_key(
     now: float,
 ) -> Key:
     """Set name and limits of all live keys of the family, where not None. Raises NotFound."""
-    old = _found(conn, key_id, now)
+    old = _held(conn, key_id, now)
     new = replace(
         old,
         name=old.name if name is None else name,
@@ -180,8 +186,10 @@ def revoke_key(conn: sa.Connection, key_id: str, *, by: str, now: float) -> None
     Raises NotFound; Conflict when no admin key would stay, unless it is done on the command line,
     which needs none.
     """
-    old = _found(conn, key_id, now)
+    old = _held(conn, key_id, now)
     if old.role == "admin" and not by.startswith("cli:"):
+        if conn.dialect.name == "postgresql":  # of two who revoke each other's, one waits
+            conn.execute(_ADMINS)
         stays = (keys.c.role == "admin") & keys.c.expires_at.is_(None) & (keys.c.id != key_id)
         if not conn.execute(_COUNT.where(stays), {"now": now}).scalar_one():
             raise Conflict(
@@ -200,6 +208,12 @@ def _found(conn: sa.Connection, key_id: str, now: float) -> Key:
     if found is None:
         raise NotFound(f"There is no live key {key_id!r}.", param="id")
     return found
+
+
+def _held(conn: sa.Connection, key_id: str, now: float) -> Key:
+    """A key of which no other transaction changes the family until this one ends. Raises NotFound."""
+    tenants.hold(conn, _found(conn, key_id, now).tenant)
+    return _found(conn, key_id, now)
 
 
 def _family(key: Key) -> sa.ColumnElement[bool]:

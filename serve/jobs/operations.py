@@ -48,6 +48,7 @@ FOUND: Codec[Collection | None] = Codec(_encode_collection, _decode_collection)
 KEY: Codec[Key] = Codec(asdict, lambda value: Key(**value))
 TENANT: Codec[Tenant] = Codec(asdict, lambda value: Tenant(**value))
 COUNT: Codec[int] = Codec(int, int)
+WHETHER: Codec[bool] = Codec(bool, bool)
 JOB: Codec[Job] = Codec(_encode_job, lambda value: Job(**value))
 ACCEPTED: Codec[Accepted] = Codec(
     lambda value: {"job": _encode_job(value.job), "replayed": value.replayed},

@@ -63,26 +63,29 @@ class StoreOwner(FileOwner, WebhookOwner, Keys, Tenants, Usage, Collections, Fen
     ) -> None:
         """Opens the database, made when new: a SQLite file, or Postgres by its URL.
 
-        `clock` gives epoch seconds; on Postgres None is its own, the same for all processes.
+        `clock` gives epoch seconds; None: Postgres' own, the same for all processes.
 
         `collections_max` bounds the live collections of a tenant; None: whoever asks bounds them.
         `jobs` and the classes' `shares` are the settings' defaults where not given.
         Blocks up to `settings.lock_wait_s` for a predecessor: call it off the event loop.
-        Raises StoreUnavailable as `serve.jobs.sqlite.open_database` does.
+        Raises StoreUnavailable as `serve.jobs.sqlite.open_database` does, ValueError for a file
+        without a clock.
         """
         self._keys_max = settings.keys_max
         self._collections_max = collections_max
         self._chores = _chores(settings)
         executor: Committer | Postgres
-        if isinstance(place, str) or clock is None:
-            url = str(place)
+        if isinstance(place, str):
             executor = Postgres(
-                url,
+                place,
                 connections=settings.connections,
                 queue_max=settings.queue_max,
                 clock=clock,
                 upkeep=self._keep_up,
             )
+        elif clock is None:
+            message = "a file has no clock of its own"
+            raise ValueError(message)
         else:
             executor = Committer(
                 lambda: open_database(place, settings.lock_wait_s, clock()),

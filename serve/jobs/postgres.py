@@ -6,6 +6,7 @@ Who waits for something to be stored is woken by NOTIFY, from whatever process i
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import Empty, SimpleQueue
@@ -25,8 +26,28 @@ REPEATED = frozenset({"40001", "40P01", "23505"})
 serialisable order, a deadlock, a row that two made at first (it is there the second time)."""
 
 TRIES = 8
-SCHEMA_LOCK, UPKEEP_LOCK = 7_164_261, 7_164_262
-"""Keys of the advisory locks under which one process makes or upgrades the tables, or tidies up."""
+SCHEMA_LOCK, CHORES_LOCK = 7_164_261, 7_164_262
+"""Keys of the advisory locks under which one process makes or upgrades the tables, or does chores."""
+
+REACH = {
+    "connect_timeout": 10,
+    "tcp_user_timeout": 15_000,
+    "keepalives_idle": 5,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+}
+"""Of libpq, where the URL does not say otherwise: a server that fell silent is lost after 15 to 20 s."""
+
+BOUNDS_MS = {
+    "idle_in_transaction_session_timeout": 15_000,
+    "lock_timeout": 20_000,
+    "statement_timeout": 60_000,
+}
+"""Of each session, likewise. A process that freezes in a transaction loses it, and its locks, before
+those who wait for them give up."""
+
+UPGRADE_S = 3600
+"""How long one statement of an upgrade may take, or wait for another process to upgrade."""
 
 CHANNEL = "headrace"
 NOTIFY_S = 0.01
@@ -58,18 +79,21 @@ class Postgres:
         self._clock = clock
         self._upkeep = upkeep
         self._waiting = 0
-        self._lock = threading.Lock()
+        self._turn = threading.Condition()
         self._closing = threading.Event()
+        self._given_up = threading.Event()
         self.commits = 0
         address = sa.make_url(url).set(drivername="postgresql+psycopg")
+        reach = {name: value for name, value in REACH.items() if name not in address.query}
         self._engine = sa.create_engine(
             address,
+            connect_args={**reach, "options": _options(address)},
             pool_size=connections,
             max_overflow=1,
             pool_pre_ping=True,
             isolation_level="READ COMMITTED",
         )
-        self._url = address.set(drivername="postgresql").render_as_string(hide_password=False)
+        self._address = {**self._engine.dialect.create_connect_args(address)[1], **reach}
         try:
             self._prepare()
         except sa.exc.DBAPIError as error:
@@ -88,7 +112,7 @@ class Postgres:
 
     def submit(self, work: Work[T]) -> Future[T]:
         """Queue work. Raises Overloaded when too much waits, StoreUnavailable after the end."""
-        with self._lock:
+        with self._turn:
             if self._closing.is_set():
                 raise StoreUnavailable("the store is closed", retry_after_s=1)
             if self._waiting >= self._queue_max:
@@ -99,14 +123,19 @@ class Postgres:
         return future
 
     def _left(self, _: Future[Any]) -> None:
-        with self._lock:
+        with self._turn:
             self._waiting -= 1
+            self._turn.notify_all()
 
-    def keep_up(self, conn: sa.Connection, now: float) -> None:
-        """The Store's upkeep as work, in one process at a time."""
-        mine = sa.select(sa.func.pg_try_advisory_xact_lock(UPKEEP_LOCK))
-        if conn.execute(mine).scalar_one():
-            self._upkeep(conn, now)
+    def is_alone(self, conn: sa.Connection) -> bool:
+        """Whether no other process does chores of the Store: none will until this transaction ends."""
+        mine = sa.select(sa.func.pg_try_advisory_xact_lock(CHORES_LOCK))
+        return bool(conn.execute(mine).scalar_one())
+
+    def keep_up(self, conn: sa.Connection, now: float, _rows_max: int) -> int:
+        """The Store's upkeep as a chore, of which nothing is left to do at once."""
+        self._upkeep(conn, now)
+        return 0
 
     def listen(self, heard: Callable[[str], None]) -> None:
         """Call `heard` with each word that any process has rung, from a thread."""
@@ -120,18 +149,28 @@ class Postgres:
             self._rings.put(word)
 
     def close(self, wait_s: float) -> None:
-        """Finish what is queued and disconnect. Raises StoreUnavailable when it takes longer."""
+        """Finish what is queued and disconnect.
+
+        Raises StoreUnavailable when it takes longer: what is queued by then is not done any more.
+        """
+        until = time.monotonic() + wait_s
         self._closing.set()
         self._rings.put("")
-        self._threads.shutdown(wait=True, cancel_futures=False)
+        with self._turn:
+            in_time = self._turn.wait_for(lambda: not self._waiting, wait_s)
+        self._given_up.set()
+        self._threads.shutdown(wait=False)
         for thread in self._beside:
-            thread.join(wait_s)
-            if thread.is_alive():
-                raise StoreUnavailable(f"the store did not close within {wait_s:g} s")
+            thread.join(max(0.0, until - time.monotonic()))
+            in_time = in_time and not thread.is_alive()
+        if not in_time:
+            raise StoreUnavailable(f"the store did not close within {wait_s:g} s")
         self._engine.dispose()
 
     def _prepare(self) -> None:
         with self._engine.begin() as conn:
+            for name in ("statement_timeout", "lock_timeout"):
+                conn.execute(sa.text(f"SET LOCAL {name} = '{UPGRADE_S}s'"))
             conn.execute(sa.select(sa.func.pg_advisory_xact_lock(SCHEMA_LOCK)))
             if schema.identity(conn) is None:
                 schema.create(conn, self._now(conn))
@@ -146,14 +185,16 @@ class Postgres:
         return float(conn.execute(now).scalar_one())
 
     def _run(self, work: Work[T]) -> T:
+        if self._given_up.is_set():
+            raise StoreUnavailable("the store is closed", retry_after_s=1)
         try:
             return self._tried(work)
         except ServiceError:
             raise
-        except sa.exc.OperationalError as error:
-            log.warning("the database is away: %s", error.orig)
-            raise StoreUnavailable("the store is away", retry_after_s=1) from None
         except Exception as error:
+            if isinstance(error, sa.exc.DBAPIError) and _is_away(error):
+                log.warning("the database is away: %s", error.orig)
+                raise StoreUnavailable("the store is away", retry_after_s=1) from None
             log.exception("a store operation failed")
             raise Internal("the store failed on this operation") from error
 
@@ -176,7 +217,7 @@ class Postgres:
 
         while not self._closing.is_set():
             try:
-                with psycopg.connect(self._url, autocommit=True) as conn:
+                with psycopg.connect(**self._address, autocommit=True) as conn:
                     conn.execute(f"LISTEN {CHANNEL}")
                     while not self._closing.is_set():
                         for one in conn.notifies(timeout=LISTEN_S, stop_after=1):
@@ -203,3 +244,16 @@ class Postgres:
                     conn.execute(told)
             except sa.exc.DBAPIError as error:
                 log.warning("cannot notify: %s", error.orig)
+
+
+def _options(address: sa.URL) -> str:
+    """What a session begins with; of what is said twice the last counts."""
+    given = address.query.get("options", ())
+    bounds = [f"-c {name}={value}" for name, value in BOUNDS_MS.items()]
+    return " ".join([*bounds, *([given] if isinstance(given, str) else given)])
+
+
+def _is_away(error: sa.exc.DBAPIError) -> bool:
+    """Whether the connection is lost, or somebody else held up the database for too long."""
+    known = isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError)
+    return known or error.connection_invalidated

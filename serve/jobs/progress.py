@@ -35,10 +35,19 @@ _NOW: sa.BindParameter[float] = sa.bindparam("_now")
 _WAITING = ("ready", "delayed", "paused")
 
 
-def _some(*states: str) -> sa.Select[int]:
-    """Some units of a job in these states."""
+def _units(*states: str) -> sa.Select[int]:
+    """Units of a job in these states."""
     here = items.c.stage.in_(STAGES), items.c.state.in_(states), IS_UNIT
-    return sa.select(items.c.id).where(items.c.job == _JOB, *here).limit(_MOST)
+    return sa.select(items.c.id).where(items.c.job == _JOB, *here)
+
+
+def _some(*states: str) -> sa.Select[int]:
+    """Some of them, but on Postgres none that a claim has locked: it may be waiting for the job.
+
+    A CTE, so that it runs once whatever the plan.
+    """
+    free = _units(*states).limit(_MOST).with_for_update(skip_locked=True).cte("free")
+    return sa.select(free.c.id)
 
 
 _CANCEL = (
@@ -54,6 +63,9 @@ _CANCEL_EXPAND = (
 )
 _PAUSE = (
     sa.update(items).where(items.c.id.in_(_some("ready"))).values(state="paused", updated_at=_NOW)
+)
+_LEFT_TO_CANCEL, _LEFT_TO_PAUSE, _LEFT_TO_RESUME = (
+    _units(*states).limit(1) for states in (_WAITING, ("ready",), ("paused",))
 )
 _PAUSED = (
     sa.select(items.c.id, items.c.cost)
@@ -155,13 +167,13 @@ def move(book: Book, job_id: str, rows_max: int = MOVE_ROWS) -> int:
     values = {"_job": job_id, "_most": rows_max, "_now": book.now}
     if stopping(job):
         costs = book.conn.execute(_CANCEL, values).scalars().all()
-        count = len(costs)
+        count, left = len(costs), _LEFT_TO_CANCEL
         counted(book, {job_id: Delta(cancelled=count, cost=-sum(costs))})
     elif job.paused:
-        count = book.conn.execute(_PAUSE, values).rowcount
+        count, left = book.conn.execute(_PAUSE, values).rowcount, _LEFT_TO_PAUSE
     else:
-        count = _let_go(book, job, rows_max)
-    book.move(job_id, rest=count == rows_max)
+        count, left = _let_go(book, job, rows_max), _LEFT_TO_RESUME
+    book.move(job_id, rest=book.conn.execute(left, {"_job": job_id}).first() is not None)
     return count
 
 
@@ -170,10 +182,12 @@ def go_on_moving(conn: sa.Connection, now: float, rows_max: int) -> int:
     book = Book(conn, now)
     found = conn.execute(_MOVING, {"most": rows_max}).scalars().all()
     book.open(found, if_free=True)
+    mine = [job for each in found if (job := book.find(each)) is not None]
+    order.hold(conn, {job.tenant for job in mine})
     count = 0
-    for job_id in found:
-        if count < rows_max and book.find(job_id) is not None:
-            count += move(book, job_id, rows_max - count)
+    for job in mine:
+        if count < rows_max:
+            count += move(book, job.id, rows_max - count)
     book.close()
     return count
 
@@ -181,7 +195,7 @@ def go_on_moving(conn: sa.Connection, now: float, rows_max: int) -> int:
 def _let_go(book: Book, job: Job, rows_max: int) -> int:
     """Paused items join the fair order, in their order."""
     count = 0
-    for stage in STAGES:
+    for stage in order.BY_NAME:
         values = {"job": job.id, "stage": stage, "most": rows_max - count}
         rows = book.conn.execute(_PAUSED, values).all()
         if not rows:
@@ -244,12 +258,16 @@ def tell_rest(conn: sa.Connection, now: float, rows_max: int) -> int:
     return len(found)
 
 
-def add_own_item(book: Book, job_id: str, task: Task, payload: Mapping[str, Any]) -> None:
-    """An item that is the job's own, not one of its units: it reads its file, or writes its output."""
+def add_own_item(
+    book: Book, job_id: str, task: Task, payload: Mapping[str, Any], cost: float = OWN_COST
+) -> None:
+    """An item that is the job's own, not one of its units: it reads its file, or writes its output.
+
+    `cost` is in tokens, for its place in the fair order.
+    """
     job = book[job_id]
     line = order.Line("prepare", job.klass, job.tenant)
-    costs = [OWN_COST]
-    (tag,) = order.tags(book.conn, line, weight=job.weight, costs=costs, priority=job.priority)
+    (tag,) = order.tags(book.conn, line, weight=job.weight, costs=[cost], priority=job.priority)
     book.conn.execute(
         sa.insert(items),
         {
@@ -261,7 +279,7 @@ def add_own_item(book: Book, job_id: str, task: Task, payload: Mapping[str, Any]
             "task": task,
             "name": task,
             "tag": tag,
-            "cost": OWN_COST,
+            "cost": cost,
             "payload": dict(payload),
             "updated_at": book.now,
         },

@@ -1,21 +1,26 @@
-"""Writes many rows with one statement. SQLAlchemy's own way costs 23 us a row where the database takes
-12: here a statement is compiled once, and a row costs 3 us.
+"""Writes many rows with one statement, and names many in a few. SQLAlchemy's own way costs 23 us a row
+where the database takes 12: here a statement is compiled once, and a row costs 3 us.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from operator import itemgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
+
+T = TypeVar("T")
 
 _Shape = tuple[tuple[str, bool], ...]
 """Columns, and whether they are emptied: that needs no parameter."""
 
 SHAPES_MAX = 256
 """Statements that are kept compiled; about 30 are in use."""
+
+IN_MAX = 500
+"""Values of one IN list: SQLite takes 32,766 variables, older builds 999."""
 
 
 class _Compiled:
@@ -59,6 +64,12 @@ def execute(
     if rows:
         ready = _compiled(statement, tuple(rows[0]), conn.dialect)
         conn.exec_driver_sql(ready.sql, [ready.parameters(row) for row in rows])
+
+
+def parts(values: Sequence[T]) -> Iterator[Sequence[T]]:
+    """What one IN list takes of them, and then the next."""
+    for start in range(0, len(values), IN_MAX):
+        yield values[start : start + IN_MAX]
 
 
 def write(

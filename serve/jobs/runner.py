@@ -1,8 +1,9 @@
 """Works on items: claims them, gives them to the handler of their task, settles what became of them.
 
 Claims wait in the Store until there is something. What a worker holds is kept by a heartbeat of its
-own task, which a busy handler cannot block. When the Store is away nothing is lost: leases outlast
-short absences, and a settlement that comes too late is refused there.
+own task, which a busy handler cannot block. When the Store is away nothing is lost: a worker keeps what
+it has to say until the Store is back, which gives all leases the time to be renewed; a settlement that
+comes too late is refused there. Work of which the lease is over is stopped.
 """
 
 import asyncio
@@ -61,7 +62,7 @@ class Runner:
         self._worker = worker
         self._rules = rules
         self._retries = retries
-        self._held: dict[object, Claim] = {}
+        self._held: dict[asyncio.Task[None], Claim] = {}
         self._serving: list[asyncio.Task[None]] = []
         self._turn = asyncio.Lock()
         self._working = 0
@@ -103,12 +104,15 @@ class Runner:
             if not claim.items:
                 continue
             self.done.claimed += len(claim.items)
-            token = object()
-            self._held[token] = claim
-            try:
-                await (self._work_alone(claim) if claim.alone else self._work_beside(claim))
-            finally:
-                del self._held[token]
+            await self._hold(claim)
+
+    async def _hold(self, claim: Claim) -> None:
+        """Work on a claim, unless `_beat` learns that it is lost."""
+        work = self._work_alone if claim.alone else self._work_beside
+        async with asyncio.TaskGroup() as tasks:  # in which a task that was cancelled is no error
+            task = tasks.create_task(work(claim))
+            self._held[task] = claim
+            task.add_done_callback(self._held.pop)
 
     async def _claim(self, stage: Stage) -> Claim:
         """The next items, or none when the worker leaves or the Store is away."""
@@ -174,26 +178,22 @@ class Runner:
         await self._settle(settlements)
 
     async def _settle(self, settlements: Sequence[Settlement]) -> None:
-        """Until the Store has it, or the lease would be over anyway."""
-        loop = asyncio.get_running_loop()
-        until = loop.time() + self._rules.lease_s
+        """Until the Store has it: while it is away, no lease ends there."""
         while True:
             try:
                 applied = await self._queue.settle(settlements)
-            except Internal as error:
-                await self._settle_each(settlements, error)
-                return
             except ServiceError as error:
-                if loop.time() > until:
-                    log.warning("cannot settle %d items: %s", len(settlements), error)
+                if not error.retryable:
+                    await self._settle_each(settlements, error)
                     return
+                log.warning("cannot settle %d items yet: %s", len(settlements), error)
                 await asyncio.sleep(AWAY_S)
             else:
                 self.done.settled += sum(applied)
                 self.done.lost += len(applied) - sum(applied)
                 return
 
-    async def _settle_each(self, settlements: Sequence[Settlement], error: Internal) -> None:
+    async def _settle_each(self, settlements: Sequence[Settlement], error: ServiceError) -> None:
         """The Store cannot keep what one of them says: that one has failed, not the others."""
         if len(settlements) > 1:
             for one in settlements:
@@ -210,11 +210,15 @@ class Runner:
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(self._rules.heartbeat_s)
-            held = [item.id for claim in self._held.values() for item in claim.items]
+            held = dict(self._held)  # not what is claimed meanwhile, perhaps of the same items
             try:
-                lost = await self._queue.keep(self._owner, held)
+                ids = [item.id for claim in held.values() for item in claim.items]
+                lost = await self._queue.keep(self._owner, ids)
             except ServiceError as error:
                 log.warning("cannot keep the leases: %s", error)
             else:
                 if lost:
                     log.warning("%d items are worked on by somebody else by now", len(lost))
+                for task, claim in held.items():
+                    if lost.issuperset(item.id for item in claim.items) and task.cancel():
+                        self.done.lost += len(claim.items)

@@ -14,7 +14,7 @@ from serve.jobs.file_tables import files
 from serve.jobs.tables import audit, keys, metadata, store, usage_month
 
 
-VERSION = 3
+VERSION = 4
 
 
 def _added(table: str, *columns: str) -> list[sa.Executable]:
@@ -26,8 +26,20 @@ def _made(table: sa.Table) -> list[sa.Executable]:
 
 
 def _indexed(table: sa.Table) -> list[sa.Executable]:
-    return [CreateIndex(index) for index in sorted(table.indexes, key=lambda each: str(each.name))]
+    """All indexes that it had from the beginning."""
+    indexes = sorted(table.indexes, key=lambda each: str(each.name))
+    return [CreateIndex(index) for index in indexes if index.name not in _LISTED]
 
+
+_LISTED = ("ix_jobs_listed", "ix_files_listed", "ix_deliveries_listed")
+"""Since version 4."""
+
+_LISTED_BEFORE = {
+    "ix_jobs_tenant": "jobs (tenant, id)",
+    "ix_files_tenant": "files (tenant, created_at, id)",
+    "ix_deliveries_webhook": "deliveries (webhook, id)",
+}
+"""Version 3 had these in their place."""
 
 STEPS: Mapping[int, Sequence[sa.Executable]] = {
     2: (
@@ -50,6 +62,16 @@ STEPS: Mapping[int, Sequence[sa.Executable]] = {
         *(statement for table in job_tables.ALL for statement in _made(table)),
         *_made(files),
         *(statement for table in webhook_tables.ALL for statement in _made(table)),
+        *(sa.text(f"CREATE INDEX {name} ON {on}") for name, on in _LISTED_BEFORE.items()),
+    ),
+    4: (
+        *(sa.text(f"DROP INDEX {name}") for name in _LISTED_BEFORE),
+        *(
+            CreateIndex(index)
+            for table in (job_tables.jobs, files, webhook_tables.deliveries)
+            for index in table.indexes
+            if index.name in _LISTED
+        ),
     ),
 }
 """What leads to each version from the one before. A table made here is made as it is now: when a

@@ -3,7 +3,7 @@ the document's generation in the same transaction. A settlement whose lease is o
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from serve.jobs.bell import note
 from serve.jobs.book import Book, Delta
 from serve.jobs.efforts import Efforts
 from serve.jobs.job_tables import items
-from serve.jobs.rows import write
+from serve.jobs.rows import parts, write
 
 
 CRASHED = Fault("poison", "crashed", "Its worker died each time that it was tried.")
@@ -35,6 +35,7 @@ _ROWS = (
     .order_by(items.c.id)
 )
 _LEASED = _ROWS.where(items.c.state == sa.literal_column("'leased'")).with_for_update()
+_LEASED_TO = _LEASED.where(items.c.owner == sa.bindparam("who"))
 _DELAYED = _ROWS.where(items.c.state == sa.literal_column("'delayed'")).with_for_update()
 _DUE = (
     sa.select(items.c.id, items.c.job)
@@ -63,7 +64,8 @@ def settle(
 ) -> list[bool]:
     """See `job_ports.Queue`."""
     book = Book(conn, now)
-    rows = _open(book, [one.item for one in settlements])
+    rows = {row.id: row for row in _locked(conn, [one.item for one in settlements])}
+    book.open({row.job for row in rows.values()})
     changes: list[_Change] = []
     landed: list[tuple[Any, int]] = []
     widened: list[tuple[Any, int]] = []
@@ -87,31 +89,35 @@ def settle(
     return applied
 
 
-def requeue(conn: sa.Connection, ids: Sequence[int], now: float) -> None:
-    """Leased items go back to where they waited; no attempt, no crash."""
-    book = Book(conn, now)
-    rows = _open(book, ids).values()
-    _apply(book, [_waiting(row, book[row.job], {}) for row in rows])
-    book.close()
+def requeue(
+    conn: sa.Connection, owner: str, ids: Sequence[int], now: float, *, if_free: bool = False
+) -> None:
+    """What this owner has of these items goes back to where it waited; no attempt, no crash.
 
-
-def crashed(conn: sa.Connection, ids: Sequence[int], *, crashes_max: int, now: float) -> None:
-    """The worker of these items died: they go back, until they have done so too often.
-
-    When it worked on one alone, that one is to blame and the others are not.
+    With `if_free` no job is waited for: what of a locked one is still ready for whoever comes next.
     """
     book = Book(conn, now)
-    rows = _open(book, ids).values()
-    alone = any(row.crashes >= ALONE_FROM for row in rows)
-    changes = []
-    for row in rows:
-        crashes = row.crashes + (not alone or row.crashes >= ALONE_FROM)
-        if crashes >= crashes_max:
-            change = _ended(row, "dead", {"crashes": crashes, **_fault(CRASHED)})
-        else:
-            change = _waiting(row, book[row.job], {"crashes": crashes})
-        changes.append(change)
-    _apply(book, changes)
+    rows = _locked(conn, ids, owner)
+    book.open({row.job for row in rows}, if_free=if_free)
+    known = [row for row in rows if book.find(row.job) is not None]
+    _apply(book, [_waiting(row, book[row.job], {}) for row in known])
+    book.close()
+    unknown = {row.id for row in rows} - {row.id for row in known}
+    write(conn, items, ((each, {"state": "ready", **_FREE}) for each in unknown))
+
+
+def crashed(
+    conn: sa.Connection, held: Mapping[str, Sequence[int]], *, crashes_max: int, now: float
+) -> None:
+    """These owners died, with what they have of these items: it goes back, until it has done so
+    too often.
+
+    When one worked on an item alone, that one is to blame and its others are not.
+    """
+    book = Book(conn, now)
+    rows = [_locked(conn, ids, owner) for owner, ids in held.items()]
+    book.open({row.job for some in rows for row in some})
+    _apply(book, [change for some in rows for change in _blamed(book, some, crashes_max)])
     book.close()
 
 
@@ -128,13 +134,29 @@ def due(conn: sa.Connection, now: float, rows_max: int) -> int:
     return len(found)
 
 
-def _open(book: Book, ids: Sequence[int]) -> dict[int, Any]:
-    """Those of these items that are leased, locked, and their jobs."""
-    if not ids:
-        return {}
-    rows = {row[0]: row for row in book.conn.execute(_LEASED, {"ids": ids}).all()}
-    book.open({row.job for row in rows.values()})
-    return rows
+def _locked(conn: sa.Connection, ids: Sequence[int], owner: str | None = None) -> list[Any]:
+    """Those of these items that are leased, to this owner if one is named.
+
+    Who read their ids before may find them with another owner by now.
+    """
+    found: list[Any] = []
+    for part in parts(sorted(ids)):
+        if owner is None:
+            found += conn.execute(_LEASED, {"ids": part}).all()
+        else:
+            found += conn.execute(_LEASED_TO, {"ids": part, "who": owner}).all()
+    return found
+
+
+def _blamed(book: Book, rows: Sequence[Any], crashes_max: int) -> Iterator[_Change]:
+    """What becomes of the items of one owner that died."""
+    alone = any(row.crashes >= ALONE_FROM for row in rows)
+    for row in rows:
+        crashes = row.crashes + (not alone or row.crashes >= ALONE_FROM)
+        if crashes >= crashes_max:
+            yield _ended(row, "dead", {"crashes": crashes, **_fault(CRASHED)})
+        else:
+            yield _waiting(row, book[row.job], {"crashes": crashes})
 
 
 def _settled(row: Any, job: Job, one: Settlement, attempts_max: int, now: float) -> _Change:

@@ -1,9 +1,9 @@
-"""Statements of `job_ports.Jobs.submit_job` and of `add_items`: a job, its items and the generations of the
+"""Statements of `job_ports.Handover` and of `Queue.add_items`: a job, its items and the generations of the
 documents that they write, in one transaction with the idempotency key.
 """
 
 from collections import defaultdict
-from collections.abc import Container, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,9 +11,9 @@ import sqlalchemy as sa
 
 from serve.errors import Mismatch, QuotaExceeded
 from serve.items import Accepted, Job, JobState, NewItem, Once
-from serve.jobs import generations, order, progress, webhook_rows
+from serve.jobs import generations, order, progress, tenants, webhook_rows
 from serve.jobs.book import Book, read
-from serve.jobs.job_tables import idempotency, items, job_totals
+from serve.jobs.job_tables import idempotency, items, job_totals, jobs
 from serve.jobs.rows import execute
 from serve.records import DocumentWrite
 
@@ -36,10 +36,14 @@ _processed = job_totals.c.done + job_totals.c.skipped + job_totals.c.dead + job_
 _OPEN = sa.select(job_totals.c.open, job_totals.c.total - _processed, job_totals.c.cost_left).where(
     job_totals.c.tenant == sa.bindparam("tenant")
 )
-_MINE = sa.select(items.c.job).where(
-    items.c.id == sa.bindparam("item"),
-    items.c.lease == sa.bindparam("lease"),
-    items.c.state == sa.literal_column("'leased'"),
+_MINE = (
+    sa.select(items.c.job, jobs.c.tenant)
+    .join(jobs, jobs.c.id == items.c.job)
+    .where(
+        items.c.id == sa.bindparam("item"),
+        items.c.lease == sa.bindparam("lease"),
+        items.c.state == sa.literal_column("'leased'"),
+    )
 )
 _THERE = sa.select(items.c.seq).where(
     items.c.job == sa.bindparam("job"),
@@ -69,24 +73,27 @@ def submit(
     room: Room,
     now: float,
 ) -> Accepted:
-    """See `job_ports.Jobs.submit_job`. The job's own times and counts are set here."""
+    """See `job_ports.Handover.submit_job`. The job's own times and counts are set here."""
+    tenants.hold(conn, job.tenant)
     if once is not None:
-        first = _first(conn, job.tenant, once, now)
-        if first is not None:
-            return Accepted(first, replayed=True)
+        earlier = first(conn, job.tenant, once, now)
+        if earlier is not None:
+            return Accepted(earlier, replayed=True)
     if job.webhook:
         webhook_rows.mine(conn, job.tenant, job.webhook)
-    _check_room(conn, job.tenant, len(new), sum(one.cost for one in new), room)
-    order.reweigh(conn, job.tenant, job.weight)
+    _check_room(conn, job.tenant, room, jobs=1, items=len(new), cost=sum(one.cost for one in new))
     own = [one for one in new if one.task == "expand"]
     units = [one for one in new if one.task != "expand"]
     state: JobState = "validating" if own else "queued"
     book = Book(conn, now)
     book.add(replace(job, state=state, created_at=now, times={**job.times, state: now}))
-    _add(book, job.id, 0, units)
+    rows = _rows(book[job.id], enumerate(units), now)
+    skipped = _grant(book, job.collection, rows)
+    order.reweigh(conn, job.tenant, job.weight)  # after the documents, as who settles does
+    _keep(book, job.id, rows, skipped)
     book.tell(job.id, f"job.{state}")
     for one in own:
-        progress.add_own_item(book, job.id, one.task, one.payload)
+        progress.add_own_item(book, job.id, one.task, one.payload, one.cost)
     progress.advance(book, job.id)
     book.close()
     if once is not None:
@@ -102,35 +109,33 @@ def add_items(
     *,
     start: int,
     new: Sequence[NewItem],
+    room: Room,
     now: float,
 ) -> bool:
-    """See `job_ports.Queue.add_items`."""
-    job_id = conn.execute(_MINE, {"item": item, "lease": lease}).scalar_one_or_none()
-    if job_id is None:
+    """See `job_ports.Queue.add_items`. The job is open already: only its items need room."""
+    mine = conn.execute(_MINE, {"item": item, "lease": lease}).one_or_none()
+    if mine is None:
         return False
+    job_id, tenant = mine
+    tenants.hold(conn, tenant)
     book = Book(conn, now)
     book.open([job_id])
     if book[job_id].state != "validating":
         return False
-    there = conn.execute(_THERE, {"job": job_id, "first": start, "end": start + len(new)})
-    _add(book, job_id, start, new, there=frozenset(there.scalars()))
+    found = conn.execute(_THERE, {"job": job_id, "first": start, "end": start + len(new)})
+    there = frozenset(found.scalars())
+    units = [(seq, one) for seq, one in enumerate(new, start) if seq not in there]
+    if units:
+        cost = sum(one.cost for _, one in units)
+        _check_room(conn, tenant, room, jobs=0, items=len(units), cost=cost)
+        rows = _rows(book[job_id], units, now)
+        _keep(book, job_id, rows, _grant(book, book[job_id].collection, rows))
     book.progress(job_id)
     book.close()
     return True
 
 
-def purge_idempotency(conn: sa.Connection, now: float, rows_max: int) -> int:
-    """Forget keys whose time is over; returns how many."""
-    rows = [
-        {"_tenant": row.tenant, "_key": row.key}
-        for row in conn.execute(_OLD_ONCE, {"now": now, "most": rows_max})
-    ]
-    if rows:
-        conn.execute(_DROP_ONCE, rows)
-    return len(rows)
-
-
-def _first(conn: sa.Connection, tenant: str, once: Once, now: float) -> Job | None:
+def first(conn: sa.Connection, tenant: str, once: Once, now: float) -> Job | None:
     """The job that this key made before. Raises Mismatch when it was for something else."""
     row = conn.execute(_ONCE, {"tenant": tenant, "key": once.key}).one_or_none()
     if row is None:
@@ -146,17 +151,30 @@ def _first(conn: sa.Connection, tenant: str, once: Once, now: float) -> Job | No
     return job
 
 
-def _check_room(conn: sa.Connection, tenant: str, count: int, cost: float, room: Room) -> None:
-    """Raises QuotaExceeded, naming what is full."""
+def purge_idempotency(conn: sa.Connection, now: float, rows_max: int) -> int:
+    """Forget keys whose time is over; returns how many."""
+    rows = [
+        {"_tenant": row.tenant, "_key": row.key}
+        for row in conn.execute(_OLD_ONCE, {"now": now, "most": rows_max})
+    ]
+    if rows:
+        conn.execute(_DROP_ONCE, rows)
+    return len(rows)
+
+
+def _check_room(
+    conn: sa.Connection, tenant: str, room: Room, *, jobs: int, items: int, cost: float
+) -> None:
+    """For so many more. Raises QuotaExceeded, naming what is full."""
     row = conn.execute(_OPEN, {"tenant": tenant}).one_or_none()
     open_jobs, open_items, open_tokens = row or (0, 0, 0.0)
     bounds = (
-        ("open_jobs", open_jobs, 1, room.jobs),
-        ("open_items", open_items, count, room.items),
+        ("open_jobs", open_jobs, jobs, room.jobs),
+        ("open_items", open_items, items, room.items),
         ("open_tokens", open_tokens, cost, room.tokens),
     )
     for word, has, more, most in bounds:
-        if has + more > most:
+        if more and has + more > most:
             raise QuotaExceeded(
                 f"You have {has:.0f} {word.replace('_', ' ')}, and this is {more:.0f} more; "
                 f"{most:.0f} are allowed.",
@@ -165,19 +183,13 @@ def _check_room(conn: sa.Connection, tenant: str, count: int, cost: float, room:
             )
 
 
-def _add(
-    book: Book, job_id: str, start: int, new: Sequence[NewItem], *, there: Container[int] = ()
+def _keep(
+    book: Book, job_id: str, rows: Sequence[dict[str, Any]], skipped: Sequence[dict[str, Any]]
 ) -> None:
-    """Keep items from number `start` on, but for those that are there."""
-    job = book[job_id]
-    rows = [
-        _row(job, start + position, one, book.now)
-        for position, one in enumerate(new)
-        if start + position not in there
-    ]
+    """Insert a job's new items; the skipped ones among them have ended."""
     if not rows:
         return
-    skipped = _grant(book, job.collection, rows) if job.collection else []
+    job = book[job_id]
     done = {row["seq"] for row in skipped}
     waiting = [row for row in rows if row["seq"] not in done]
     if not job.paused:
@@ -197,12 +209,16 @@ def _tag(book: Book, job: Job, rows: Sequence[dict[str, Any]]) -> None:
     by_stage: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         by_stage[row["stage"]].append(row)
-    for stage, some in by_stage.items():
+    for stage, some in sorted(by_stage.items()):  # flows are locked in one order
         line = order.Line(stage, job.klass, job.tenant)
         costs = [row["cost"] for row in some]
         given = order.tags(book.conn, line, weight=job.weight, costs=costs, priority=job.priority)
         for row, tag in zip(some, given, strict=True):
             row["tag"] = tag
+
+
+def _rows(job: Job, units: Iterable[tuple[int, NewItem]], now: float) -> list[dict[str, Any]]:
+    return [_row(job, seq, one, now) for seq, one in units]
 
 
 def _row(job: Job, seq: int, one: NewItem, now: float) -> dict[str, Any]:
@@ -228,6 +244,8 @@ def _grant(book: Book, collection: str, rows: Sequence[dict[str, Any]]) -> list[
 
     Raises NotFound (the collection is gone), BadInput (a document named twice).
     """
+    if not (collection and rows):
+        return []
     conn, now = book.conn, book.now
     there = generations.known(conn, collection, [row["name"] for row in rows])
     skipped, writes, deletes = [], [], []

@@ -9,6 +9,13 @@ import sqlalchemy as sa
 
 metadata = sa.MetaData()
 
+
+def partial_index(name: str, condition: str, *columns: str) -> sa.Index:
+    """An index of the rows that meet a condition: all literals, since a bound value matches none."""
+    where = sa.text(condition)
+    return sa.Index(name, *columns, sqlite_where=where, postgresql_where=where)
+
+
 store = sa.Table(
     "store",
     metadata,

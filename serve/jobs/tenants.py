@@ -12,6 +12,25 @@ from serve.jobs.tables import tenants
 from serve.records import Tenant
 
 
+# One order for all: no deadlock.
+_HELD = (
+    sa.select(tenants.c.tenant)
+    .where(tenants.c.tenant.in_(sa.bindparam("names", expanding=True)))
+    .order_by(tenants.c.tenant)
+    .with_for_update()
+)
+
+
+def hold(conn: sa.Connection, *names: str) -> None:
+    """Let no other transaction in that holds one of these tenants, until this one ends.
+
+    Before a bound of a tenant is checked, and before anything else is locked: of two that find room
+    for one more, only one would be right. SQLite has one writer anyway.
+    """
+    if conn.dialect.name == "postgresql":
+        conn.execute(_HELD, {"names": names})
+
+
 def find_tenant(conn: sa.Connection, tenant: str) -> Tenant | None:
     """One tenant."""
     row = conn.execute(sa.select(tenants).where(tenants.c.tenant == tenant)).one_or_none()
@@ -37,6 +56,7 @@ def set_tenant(
 
     Raises NotFound when it is new and has no tier.
     """
+    hold(conn, name)
     old = find_tenant(conn, name)
     if old is None:
         if not tier:

@@ -7,12 +7,11 @@ from serve.job_ports import Deliveries, Webhooks
 from serve.jobs import deliveries, webhook_rows
 from serve.jobs.deliveries import DELIVERIES
 from serve.jobs.job_owner import JobOwner
-from serve.jobs.operations import Codec
+from serve.jobs.operations import WHETHER, Codec
 from serve.webhooks import Delivery, DeliveryState, Due, Share, Tried, Webhook
 
 
 WEBHOOK: Codec[Webhook] = Codec(asdict, lambda value: Webhook(**value))
-GONE: Codec[bool] = Codec(bool, bool)
 DELIVERY: Codec[Delivery] = Codec(asdict, lambda value: Delivery(**value))
 
 
@@ -58,7 +57,7 @@ class WebhookOwner(JobOwner, Webhooks, Deliveries):
         return await self._once(
             op,
             "delete_webhook",
-            GONE,
+            WHETHER,
             lambda conn, _now: webhook_rows.delete(conn, tenant, webhook),
         )
 

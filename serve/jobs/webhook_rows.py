@@ -5,6 +5,7 @@ from dataclasses import asdict
 import sqlalchemy as sa
 
 from serve.errors import NotFound, QuotaExceeded
+from serve.jobs import tenants
 from serve.jobs.webhook_tables import webhooks
 from serve.webhooks import Tried, Webhook
 
@@ -59,6 +60,7 @@ _DISABLE = (
 
 def create(conn: sa.Connection, webhook: Webhook, most: int) -> Webhook:
     """Keep a webhook. Raises QuotaExceeded when its tenant has `most`."""
+    tenants.hold(conn, webhook.tenant)
     count = conn.execute(_COUNT, {"owner": webhook.tenant}).scalar_one()
     if count >= most:
         raise QuotaExceeded(
@@ -110,7 +112,7 @@ def enable(conn: sa.Connection, tenant: str, webhook: str) -> Webhook:
 
 
 def delete(conn: sa.Connection, tenant: str, webhook: str) -> bool:
-    """Forget a webhook; whether there was one. What waits for it is given up by a later claim."""
+    """Forget a webhook; whether there was one. What waits for it is given up by the next tick."""
     gone = sa.delete(webhooks).where(_MINE)
     return conn.execute(gone, {"owner": tenant, "hook": webhook}).rowcount == 1
 

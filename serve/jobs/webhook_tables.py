@@ -6,19 +6,13 @@ lease is over, so `run_at` is either the next try or the end of the lease.
 
 import sqlalchemy as sa
 
-from serve.jobs.tables import metadata
+from serve.jobs.tables import metadata, partial_index
 
 
-# Literals: a bound value cannot be matched with the condition of a partial index.
+# As the conditions of the partial indexes have them.
 IS_PENDING = "state IN ('waiting', 'leased')"
 IS_LEASED = "state = 'leased'"
 IS_OVER = "state IN ('delivered', 'given_up')"
-
-
-def _index(name: str, condition: str, *columns: str) -> sa.Index:
-    where = sa.text(condition)
-    return sa.Index(name, *columns, sqlite_where=where, postgresql_where=where)
-
 
 webhooks = sa.Table(
     "webhooks",
@@ -55,10 +49,10 @@ deliveries = sa.Table(
     sa.Column("lease", sa.BigInteger, nullable=False),
     sa.Column("last_status", sa.Integer),
     sa.Column("last_error", sa.String, nullable=False),
-    sa.Index("ix_deliveries_webhook", "webhook", "id"),
-    _index("ix_deliveries_pending", IS_PENDING, "webhook", "run_at"),
-    _index("ix_deliveries_leased", IS_LEASED, "tenant"),
-    _index("ix_deliveries_over", IS_OVER, "updated_at"),
+    sa.Index("ix_deliveries_listed", "webhook", "state", "id"),
+    partial_index("ix_deliveries_pending", IS_PENDING, "webhook", "run_at"),
+    partial_index("ix_deliveries_leased", IS_LEASED, "tenant"),
+    partial_index("ix_deliveries_over", IS_OVER, "updated_at"),
 )
 """Columns in the order of `serve.webhooks.Delivery`."""
 

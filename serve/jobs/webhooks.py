@@ -167,7 +167,7 @@ def retry_after_s(header: str | None, now: float) -> float:
         return min(float(text), RETRY_AFTER_S_MAX)
     try:
         moment = parsedate_to_datetime(text)
-    except ValueError:
+    except (ValueError, OverflowError, IndexError, TypeError):  # what the parser lets through
         return 0.0
     if moment.tzinfo is None:  # `-0000`: UTC from a place unknown
         moment = moment.replace(tzinfo=UTC)

@@ -53,6 +53,7 @@ from serve.flows.jobs import JobFlow
 from serve.flows.models import Models
 from serve.flows.operators import OperatorFlow
 from serve.flows.search import SearchFlow
+from serve.flows.streams import Streams
 from serve.flows.usage import UsageFlow
 from serve.flows.webhooks import WebhookFlow
 from serve.index.memory import MemoryIndex
@@ -334,6 +335,7 @@ class Builder:
             self.folder / f"{self.made}.db", settings.store, self.wall, jobs=settings.jobs
         )
         self.stack.callback(owner.close)
+        await owner.tick()  # the first one, which spares the leases of before
         index = MemoryIndex(settings.index)
         writer = Writer(
             index,
@@ -406,7 +408,7 @@ class Builder:
         )
         embed = EmbedFlow(context)
         collections = CollectionFlow(context, ports.store, ports.upserter)
-        feed = Feed(ports.store, settings.jobs, self.clock)
+        feed = Feed(ports.store, self.clock)
         files = FileFlow(context, ports.store, ports.blobs)
 
         async def ready() -> dict[str, bool]:
@@ -425,6 +427,7 @@ class Builder:
                 context, collections, ports.store, ports.store, queues=ports.queues, files=files
             ),
             feed,
+            Streams(settings),
             files,
             BatchFlow(context, collections, ports.store, files),
             WebhookFlow(context, ports.store, ports.vault),

@@ -1,15 +1,18 @@
 """Documents are accepted durably: receipts, waiting, repeats, and workers that die in between."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from serve.config import Jobs
 from serve.errors import IndexUnavailable, ModelUnavailable, Overloaded, StoreUnavailable
+from serve.jobs.faults import HOPELESS_S
+from serve.records import Outcome
 
 
 BOOKS = "/v1/collections/books"
-SOON = {"x-deadline-ms": "20"}
+SOON = {"x-deadline-ms": "250"}
 LEASE_S = 600.0
 """Of the workers in these tests; retries come earlier."""
 
@@ -342,6 +345,118 @@ async def test_an_index_that_is_away_delays_writes_and_deletes(books, whole):
     await ended(books, new)
     await ended(books, gone)
     assert await texts(books) == ["ebb"]
+
+
+def once(port, name, act):
+    """Let `act` stand in for the first call of a method."""
+    plain, calls = getattr(port, name), []
+
+    async def stand_in(*args):
+        calls.append(args)
+        return await (act if len(calls) == 1 else plain)(*args)
+
+    setattr(port, name, stand_in)
+
+
+async def away(*_args):
+    raise IndexUnavailable("Away.", retry_after_s=1)
+
+
+async def released(_ns, writes, _deadline_s):
+    return [Outcome("released")] * len(writes)
+
+
+@pytest.mark.parametrize("fault", [away, released])
+async def test_a_fault_of_the_index_that_passes_costs_nothing(books, whole, fault):
+    once(whole.upserter, "offer", fault)
+    answer = await write(books, ("1", "tide"), ("2", "ebb"))
+    assert (answer.status_code, statuses(answer)) == (200, ["indexed", "indexed"])
+    (job,) = (await books.get("/v1/jobs")).json()["data"]
+    listed = (await books.get(f"/v1/jobs/{job['id']}/items")).json()["data"]
+    assert [one["attempts"] for one in listed] == [0, 0]
+    assert len(whole.embedder.calls) == 1  # what was embedded is landed again, no more
+    assert tokens_left(await delete(books, "none")) == 20_000 - 6 - 5
+
+
+@pytest.mark.parametrize("fault", [away, released])
+async def test_what_the_index_does_not_take_is_not_paid_and_comes_again(books, whole, fault):
+    once(whole.upserter, "offer", fault)
+    once(whole.upserter, "offer", fault)  # both tries of a lease in these tests
+    answer = await write(books, ("1", "tide"), wait="accepted")
+    (one,) = await items(books, answer, "delayed")
+    assert (one["error"]["kind"], one["error"]["code"]) == ("network", "index_unavailable")
+    assert tokens_left(await delete(books, "none")) == 20_000
+    whole.clock.advance(10)
+    await whole.store.tick()
+    assert (await ended(books, answer))["state"] == "completed"
+    await whole.service.context.quotas._report()
+    used = (await books.get("/v1/usage")).json()["data"]
+    assert [row["tokens"] for row in used if row["class"] == "bulk"] == [6]
+
+
+@pytest.mark.parametrize("change", ["revised", "gone"])
+async def test_an_accepted_delete_is_done_whatever_became_of_the_model(books, whole, change):
+    await write(books, ("1", "tide"))
+    served = whole.service.context.models._served
+    plain = served.pop("plain")
+    if change == "revised":
+        served["plain"] = replace(plain, revision="another")
+    answer = await delete(books, "1", wait="accepted")
+    assert (await ended(books, answer))["state"] == "completed"
+    assert await records(books) == 0
+    served["plain"] = plain
+    assert await texts(books) == []
+
+
+async def test_writes_for_a_model_that_was_revised_since_are_dead(idle):
+    client = await shop(idle)
+    answer = await write(client, ("1", "tide"), wait="accepted")
+    served = idle.service.context.models._served
+    served["plain"] = replace(served["plain"], revision="another")
+    await idle.work("late")
+    assert (await ended(client, answer))["state"] == "failed"
+    (one,) = await items(client, answer, "dead")
+    assert (one["error"]["kind"], one["error"]["code"]) == ("invalid", "conflict")
+
+
+async def test_a_fault_in_one_tenant_s_work_is_not_another_s(idle):
+    client, other = await shop(idle), await shop(idle, "other")
+    embed = idle.embedder.embed
+
+    async def faulty(call):
+        if call.tenant == "acme":
+            raise KeyError("a fault of ours")
+        for _ in range(50):  # is not done yet when the other fails
+            await asyncio.sleep(0)
+        return await embed(call)
+
+    idle.embedder.embed = faulty
+    ours = await write(client, ("1", "tide"), wait="accepted")
+    theirs = await write(other, ("1", "ebb"), wait="accepted")
+    await idle.work("late")
+    assert (await ended(other, theirs))["state"] == "completed"
+    assert [one["attempts"] for one in await items(other, theirs, "done")] == [0]
+    (one,) = await items(client, ours, "delayed")
+    assert (one["attempts"], one["error"]["code"]) == (1, "internal_error")
+
+
+async def test_documents_outlast_a_tier_that_is_not_in_the_settings(idle):
+    client = await shop(idle)
+    answer = await write(client, ("1", "tide"), wait="accepted")
+    job = answer.json()["status_url"].rpartition("/")[2]
+    tiers = idle.service.context.settings.admission.tiers
+    lost = tiers.pop("premium")
+    await idle.work("late")
+    while True:
+        (one,) = await idle.store.list_items("acme", job, (), -1, 10)
+        if one.state == "delayed":
+            break
+        await asyncio.sleep(0)
+    assert (one.attempts, one.error_code) == (0, "limits_not_valid")
+    tiers["premium"] = lost
+    idle.clock.advance(2 * HOPELESS_S)
+    await idle.store.tick()
+    assert (await ended(client, answer))["state"] == "completed"
 
 
 async def test_what_is_above_a_limit_waits_for_it(whole):

@@ -178,7 +178,7 @@ async def test_events_begin_with_the_snapshot_unless_told(idle, client):
 async def test_a_reader_that_leaves_gives_its_place_back(start):
     whole = await start(jobs=Jobs(streams_max=1), working=False)
     job = await submit(await whole.client("enterprise"), 1)
-    feed = whole.service.feed
+    feed, streams = whole.service.feed, whole.service.streams
     async with over_http(whole) as http:
         for path in (f"{JOBS}/{job}/events", "/v1/stats/events"):
             async with reading(http, path) as stream:
@@ -186,7 +186,7 @@ async def test_a_reader_that_leaves_gives_its_place_back(start):
                 refused = await http.get("/v1/stats/events")
                 assert (refused.status_code, refused.json()["code"]) == (429, "streams")
                 assert refused.headers["retry-after"] == "120"
-            while feed._streams:  # noqa: ASYNC110  the server tells nobody that it has noticed
+            while streams.count:  # noqa: ASYNC110  the server tells nobody that it has noticed
                 await asyncio.sleep(0.001)
         assert not feed._listeners
 
@@ -197,7 +197,7 @@ async def test_a_stream_ends_by_itself(start):
     job = await submit(client, 1)
     read = await read_whole(client, f"{JOBS}/{job}/events")
     assert [event.kind for event in read] == ["snapshot"]
-    assert not whole.service.feed._streams
+    assert not whole.service.streams.count
 
 
 async def test_without_the_store_a_stream_ends_and_its_reader_comes_again(client, idle):
@@ -218,7 +218,7 @@ async def test_numbers_to_resume_from_are_numbers(client):
 
 
 async def test_stats_are_told_again_and_again(start):
-    whole = await start(jobs=Jobs(stream_s=0.05, stats_s=0.001), working=False)
+    whole = await start(jobs=Jobs(stream_s=0.5, stats_s=0.001), working=False)
     client = await whole.client("enterprise")
     await submit(client, 2)
     first, *rest = await read_whole(client, "/v1/stats/events")

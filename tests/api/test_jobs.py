@@ -441,6 +441,22 @@ async def test_retry_of_a_group_of_one_and_of_all(client, idle):
     assert counts(await show(client, job)) == (4, 4, 4, 0, 0, 0)
 
 
+async def test_a_large_job_is_retried_in_parts(client, idle, monkeypatch):
+    monkeypatch.setattr("serve.flows.jobs.RETRIED_ITEMS", 2)
+    job = await submit(client, 5)
+    await end(idle, "dead", fault=POISON)
+    parts, plain = [], idle.store._port.retry_items
+
+    async def retry_items(op, tenant, job_id, replay):
+        parts.append(replay.part)
+        return await plain(op, tenant, job_id, replay)
+
+    monkeypatch.setattr(idle.store._port, "retry_items", retry_items)
+    assert await retry(client, job, all=True) == 5
+    assert parts == [(0, 2), (2, 4), (4, 6)]
+    assert await end(idle) == 5
+
+
 async def test_a_cancelled_job_is_not_retried(client, idle):
     job = await submit(client, 2)
     await end(idle, "dead", count=1, fault=POISON)

@@ -19,6 +19,7 @@ KEYS_MAX = 5
 async def owner(folder: Path, clock: Callable[[], float]) -> AsyncIterator[Any]:
     opened = StoreOwner(folder / "store.db", Store(keys_max=KEYS_MAX), clock)
     try:
+        await opened.tick()  # the first one spares whom it does not know
         yield opened
     finally:
         opened.close()

@@ -65,6 +65,20 @@ async def test_an_idempotency_key_hands_over_once(store: Store, clock: Any):
     assert not later.replayed
 
 
+async def test_the_job_of_an_idempotency_key_is_found_by_it(store: Store, clock: Any):
+    await tenant(store)
+    once = Once("key", "print", 60.0)
+    assert await store.first_job("acme", once) is None
+    made = job()
+    await store.submit_job(op(), made, documents("a"), once)
+    assert await store.first_job("acme", once) == await found(store, made.id)
+    assert await store.first_job("other", once) is None
+    with pytest.raises(Mismatch):
+        await store.first_job("acme", Once("key", "other", 60.0))
+    clock.advance(60)
+    assert await store.first_job("acme", once) is None
+
+
 async def test_an_idempotency_key_is_its_tenants_own(store: Store):
     await tenant(store)
     await tenant(store, "other")
@@ -445,6 +459,24 @@ async def test_dead_items_are_tried_again(store: Store):
     assert (ended.state, ended.done, ended.dead) == ("completed", 3, 0)
     views = await store.list_items("acme", kept, [], -1, 10)
     assert {each.error_code for each in views} == {""}
+
+
+async def test_dead_items_are_tried_again_in_parts(store: Store):
+    await tenant(store)
+    kept = await submitted(store, documents("abcde"))
+    await settle(store, (await claimed(store, "prepare")).items, "dead", fault=BAD)
+    for part, count in (((0, 2), 2), ((0, 2), 0), ((2, 4), 2), ((4, 6), 1), ((6, 8), 0)):
+        assert await store.retry_items(op(), "acme", kept, Replay(part=part)) == count
+    assert (await found(store, kept)).dead == 0
+    assert len((await claimed(store, "prepare")).items) == 5
+
+
+async def test_what_is_tried_again_has_no_result_yet(store: Store):
+    await tenant(store)
+    kept = await submitted(store, documents("a"))
+    await settle(store, [await one(store, "prepare")], "dead", fault=BAD, result={"status": 400})
+    await store.retry_items(op(), "acme", kept, Replay())
+    assert [each.result for each in await store.list_items("acme", kept, [], -1, 10)] == [{}]
 
 
 async def test_a_replay_never_overwrites_what_was_accepted_since(store: Store):

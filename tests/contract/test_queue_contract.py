@@ -355,6 +355,23 @@ async def test_what_a_dead_owner_had_goes_to_another_and_its_late_word_is_refuse
     assert (await found(store, kept)).tokens == 2
 
 
+async def test_after_an_absence_of_the_store_everybody_has_time_to_say_that_he_lives(
+    store: Store, clock: Any
+):
+    await tenant(store)
+    await submitted(store, documents("a"))
+    item = await one(store, "prepare")
+    await store.tick()
+    clock.advance(3600)
+    store._answered_at -= 3600
+    await store.tick()
+    await settle(store, [item], "release")
+    item = await one(store, "prepare")
+    clock.advance(LEASE_S + 1)
+    await store.tick()
+    assert await store.settle([settlement(item, "done")]) == [False]
+
+
 async def test_a_claim_whose_reply_was_lost_goes_back(store: Store, clock: Any):
     await tenant(store)
     await submitted(store, documents("ab"))

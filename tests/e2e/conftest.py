@@ -18,6 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
+GRAPHS = ROOT / "data" / "graphs"
 START_S_MAX = 240
 
 
@@ -44,6 +45,12 @@ def _free_port() -> int:
 
 
 def start(data_dir: Path) -> Served:
+    """A service over a data folder; the graphs of models are shared, since one takes a minute."""
+    graphs = data_dir / "graphs"
+    if not graphs.is_symlink():
+        data_dir.mkdir(exist_ok=True)
+        GRAPHS.mkdir(parents=True, exist_ok=True)
+        graphs.symlink_to(GRAPHS)
     temp_dir = Path(tempfile.mkdtemp(prefix="hr", dir="/tmp"))  # short: it holds unix sockets
     port = _free_port()
     log = data_dir.parent / "serve.log"

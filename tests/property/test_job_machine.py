@@ -170,7 +170,13 @@ class Workers(RuleBasedStateMachine):
     def read_file(self, some, start):
         file = next(self.files())
         submit.add_items(
-            self.conn, file.id, file.lease, start=start, new=self.units(some), now=self.now
+            self.conn,
+            file.id,
+            file.lease,
+            start=start,
+            new=self.units(some),
+            room=ROOM,
+            now=self.now,
         )
 
     def files(self):

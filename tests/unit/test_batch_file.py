@@ -63,6 +63,13 @@ def test_each_line_is_found_where_it_stands(step, end):
     }
 
 
+def test_a_line_costs_what_it_takes_to_read_it_too():
+    body = {"model": "plain", "input": "text", "user": "x" * 80_000}
+    raw = line(body=body)
+    (entry,) = sheet(raw).entries
+    assert entry.item().cost == len(raw) / 8 > 10_000
+
+
 @pytest.mark.parametrize(
     ("raw", "code", "param"),
     [

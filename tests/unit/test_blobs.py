@@ -1,6 +1,7 @@
 import asyncio
 import hashlib
 import os
+import threading
 from contextlib import aclosing
 
 import pytest
@@ -55,6 +56,25 @@ async def test_a_large_blob_is_streamed_in_pieces(blobs):
     assert await whole(blobs, "large", 7, PIECE_BYTES + 9) == data[7 : PIECE_BYTES + 9]
 
 
+async def test_nothing_is_hashed_on_the_event_loop(blobs, monkeypatch):
+    real, threads = hashlib.sha256(), set()
+
+    class Watched:
+        def update(self, piece):
+            threads.add(threading.current_thread())
+            real.update(piece)
+
+        def hexdigest(self):
+            return real.hexdigest()
+
+    monkeypatch.setattr(module.hashlib, "sha256", Watched)
+    put = await blobs.put("large", pieces(b"x" * PIECE_BYTES, b"y"))
+    monkeypatch.undo()
+    assert put.sha256 == hashlib.sha256(b"x" * PIECE_BYTES + b"y").hexdigest()
+    assert threads
+    assert threading.current_thread() not in threads
+
+
 async def test_a_blob_is_replaced_as_a_whole(blobs):
     await blobs.put("file-1", pieces(b"first"))
 
@@ -98,7 +118,7 @@ async def test_a_writer_that_fails_or_leaves_leaves_nothing(blobs, folder):
 
 async def test_what_is_not_there_is_not_found(blobs):
     with pytest.raises(NotFound):
-        await whole(blobs, "file-1")
+        await anext(blobs.stream("file-1"))
     with pytest.raises(NotFound):
         await blobs.read("file-1", [(0, 1)])
     with pytest.raises(NotFound):
@@ -137,18 +157,31 @@ async def test_no_other_path_is_a_name(blobs, name):
 
 
 async def test_the_sweep_takes_what_is_old(blobs, folder):
-    for name in ("old", "new", "job_1/a", "job_1/b", "job_2/a"):
+    for name in ("old", "new", "job_1/a"):
         await blobs.put(name, pieces(b"x"))
-    partial = folder / "partial" / "left"
-    partial.write_bytes(b"x")
-    os.utime(folder / "job_2" / "a", (50, 50))  # a copy of an old file
-    for path, at in (("old", 99), ("new", 100), ("job_1", 199), ("job_2", 200)):
+    partial = folder / "partial"
+    for path, at in (("old", 99), ("new", 100), ("job_1/a", 1), ("job_1", 1)):
         os.utime(folder / path, (at, at))
-    os.utime(partial, (199, 199))
-    assert await blobs.sweep(100, 200) == 3
-    assert files(folder) == ["job_2/a", "new"]
+    for name, at in (("left", 199), ("begun", 200)):
+        (partial / name).write_bytes(b"x")
+        os.utime(partial / name, (at, at))
+    assert await blobs.sweep(100, 200) == 1
+    assert files(folder) == ["job_1/a", "new", "partial/begun"]
     assert await LocalBlobs(folder / "none").sweep(100, 200) == 0
     await blobs.put("more", pieces(b"x"))
+
+
+async def test_a_folder_is_as_old_as_what_happened_there_last(blobs, folder):
+    assert await blobs.folders() == {}
+    for name in ("file-1", "job_1/a", "job_1/b", "job_2/a"):
+        await blobs.put(name, pieces(b"x"))
+    (folder / "lost+found").mkdir()
+    os.utime(folder / "job_2" / "a", (50, 50))  # a copy of an old file
+    for path, at in (("job_1", 199), ("job_2", 200)):
+        os.utime(folder / path, (at, at))
+    assert await blobs.folders() == {"job_1": 199, "job_2": 200}
+    await blobs.delete("job_1/a")
+    assert (await blobs.folders())["job_1"] > 200
 
 
 async def test_a_full_disk_is_ours_to_mend(blobs, monkeypatch, caplog):

@@ -2,6 +2,7 @@
 
 import asyncio
 import ssl
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -367,6 +368,35 @@ async def test_a_failed_lookup_is_unreachable(monkeypatch):
     async with client() as one:
         with pytest.raises(Unreachable, match="not known"):
             await post(one, "https://hooks.example/")
+
+
+async def test_lookups_that_hang_keep_no_other_name_waiting(monkeypatch):
+    """For two rounds, because a thread is not free when its exchange has run into the time limit."""
+    silent = asyncio.Semaphore(0)
+    loop, over = asyncio.get_running_loop(), threading.Event()
+
+    def look(host: str, *_args, **_more) -> list[tuple]:
+        if host == "silent.example":
+            loop.call_soon_threadsafe(silent.release)
+            over.wait()
+        return [(2, 1, 6, "", ("10.0.0.5", 443))]
+
+    monkeypatch.setattr("socket.getaddrinfo", look)
+    try:
+        async with asyncio.timeout(20), client(Egress(connections_max=16)) as one:
+            for _ in range(2):
+                hanging = [
+                    asyncio.create_task(post(one, "https://silent.example/")) for _ in range(16)
+                ]
+                for _ in hanging:
+                    await silent.acquire()
+                for task in hanging:
+                    task.cancel()
+                await asyncio.wait(hanging)
+            with pytest.raises(Refused, match="no public address"):  # it was looked up
+                await post(one, "https://hooks.example/")
+    finally:
+        over.set()
 
 
 async def test_the_systems_lookup_is_checked_too(monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 
 from serve import errors
 from serve.items import Item, Settlement
-from serve.jobs.faults import LATER_S, TEXT_MAX, Retries, fault_of, settled
+from serve.jobs.faults import HOPELESS_S, LATER_S, TEXT_MAX, Retries, fault_of, settled
 
 
 RETRIES = Retries(60, 4.356, 21_600, random.Random(1))  # noqa: S311 - not a secret
@@ -66,7 +66,21 @@ def test_a_longer_wait_that_an_error_asks_for_is_kept():
     assert settled(item(), away, RETRIES).delay_s == 110
 
 
-@pytest.mark.parametrize(("says", "waits"), [(9.0, 9.0), (None, LATER_S)])
-def test_a_refusal_burns_no_attempt(says: float | None, waits: float):
-    refused = settled(item(), errors.QuotaExceeded(retry_after_s=says), RETRIES)
+@pytest.mark.parametrize(
+    ("error", "waits"),
+    [
+        (errors.QuotaExceeded(retry_after_s=9), 9.0),
+        (errors.Overloaded(retry_after_s=9), 9.0),
+        (errors.Overloaded(), LATER_S),
+    ],
+)
+def test_a_refusal_burns_no_attempt(error: errors.ServiceError, waits: float):
+    refused = settled(item(), error, RETRIES)
     assert (refused.word, refused.delay_s) == ("release", waits)
+
+
+def test_what_waiting_does_not_help_comes_back_seldom_and_spread():
+    refused = [settled(item(), errors.QuotaExceeded(), RETRIES) for _ in range(50)]
+    assert {one.word for one in refused} == {"release"}
+    assert all(0.8 * HOPELESS_S <= one.delay_s <= 1.2 * HOPELESS_S for one in refused)
+    assert len({one.delay_s for one in refused}) > 1

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from serve.config import Jobs
-from serve.errors import QuotaExceeded, StoreUnavailable
+from serve.errors import StoreUnavailable
 from serve.flows import feed as module
 from serve.flows.feed import BUFFERED_MAX, PAGE, Feed
 from serve.items import Event
@@ -69,14 +68,13 @@ def log() -> Log:
 @pytest.fixture
 async def feed(log: Log, clock: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(module, "AWAY_S", 0)
-    made = Feed(log, Jobs(streams_max=2), clock)
+    made = Feed(log, clock)
     running = asyncio.create_task(made.run())
     await turns()
     yield made
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     assert not made._listeners
-    assert not made._streams
 
 
 async def turns(count: int = 20) -> None:
@@ -120,7 +118,7 @@ async def test_every_end_is_one(feed, log, state):
 
 async def test_who_watches_before_submitting_misses_nothing(log, clock):
     """Even when the job ends while the feed still asks where to begin."""
-    feed = Feed(log, Jobs(), clock)
+    feed = Feed(log, clock)
     log.offset = 5000
     with feed.watch("a") as watch:
         log.add("a", "job.completed")
@@ -230,15 +228,3 @@ async def test_a_stream_ends_at_its_time_and_says_that_nothing_happens(feed, mon
 
 async def test_an_ended_job_without_news_ends_its_stream(feed):
     assert [each async for each in feed.follow("acme", "a", 7, ended=True, until=until())] == []
-
-
-async def test_streams_are_capped_by_tenant(feed):
-    with feed.stream("acme"), feed.stream("acme"):
-        with pytest.raises(QuotaExceeded) as refused, feed.stream("acme"):
-            pytest.fail("one too many")
-        assert refused.value.code == "streams"
-        assert refused.value.retry_after_s == pytest.approx(120)
-        with feed.stream("other"):
-            pass
-    with feed.stream("acme"):
-        pass

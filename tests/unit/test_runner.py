@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from serve.config import Jobs, Worker
-from serve.errors import BadInput, IndexUnavailable, Internal, StoreUnavailable
+from serve.errors import BadInput, Conflict, IndexUnavailable, Internal, StoreUnavailable
 from serve.items import Claim, Item, Settlement
 from serve.jobs import runner as module
 from serve.jobs.faults import Retries
@@ -26,6 +26,8 @@ class Shelf:
         self.settled: dict[int, Settlement] = {}
         self.refused: set[int] = set()
         self.unkept: set[int] = set()
+        self.cannot: Exception = Internal("cannot keep it")
+        self.lost: set[int] = set()
         self.away = 0
         self.said = asyncio.Event()
         self.kept: asyncio.Queue[Sequence[int]] = asyncio.Queue()
@@ -47,12 +49,12 @@ class Shelf:
     async def keep(self, owner: str, held: Sequence[int]) -> frozenset[int]:
         self.kept.put_nowait(held)
         self.check()
-        return frozenset()
+        return frozenset(self.lost & set(held))
 
     async def settle(self, settlements: Sequence[Settlement]) -> Sequence[bool]:
         self.check()
         if self.unkept & {one.item for one in settlements if one.result}:
-            raise Internal("cannot keep it")
+            raise self.cannot
         self.settled |= {one.item: one for one in settlements}
         self.said.set()
         return [one.item not in self.refused for one in settlements]
@@ -166,11 +168,12 @@ async def test_a_bad_item_takes_no_other_of_its_batch_with_it(shelf: Shelf):
         assert await shelf.words(3) == {1: "done", 2: "dead", 3: "done"}
 
 
-async def test_what_the_store_cannot_keep_fails_alone(shelf: Shelf):
+@pytest.mark.parametrize("error", [Internal("cannot keep it"), Conflict("never")])
+async def test_what_the_store_cannot_keep_fails_alone(shelf: Shelf, error: Exception):
     async def handler(items: Sequence[Item], _claim: Claim) -> list[Settlement]:
         return [Settlement(item.id, item.lease, "done", result={"a": 1}) for item in items]
 
-    shelf.unkept = {2}
+    shelf.unkept, shelf.cannot = {2}, error
     shelf.put(1, 2, 3)
     async with running(worker(shelf, handler)):
         assert await shelf.words(3) == {1: "done", 2: "retry", 3: "done"}
@@ -197,16 +200,17 @@ async def test_nothing_is_lost_while_the_store_is_away_for_a_while(shelf: Shelf)
         assert await shelf.words(3) == dict.fromkeys((1, 2, 3), "done")
 
 
-async def test_a_settlement_is_given_up_when_the_lease_is_over(
+async def test_what_was_done_is_kept_however_long_the_store_is_away(
     shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ):
     runner = worker(shelf)
-    shelf.away = 10**9
+    shelf.away = 100
     loop = asyncio.get_running_loop()
     start, steps = loop.time(), iter(range(10**6))
-    monkeypatch.setattr(loop, "time", lambda: start + 4 * next(steps))
+    monkeypatch.setattr(loop, "time", lambda: start + 60 * next(steps))
     await runner._settle([Settlement(1, 1, "done")])
-    assert shelf.settled == {}
+    assert shelf.settled[1].word == "done"
+    assert runner.done.settled == 1
 
 
 async def test_a_worker_says_what_it_holds(shelf: Shelf):
@@ -226,6 +230,30 @@ async def test_a_worker_says_what_it_holds(shelf: Shelf):
         while await shelf.kept.get():
             pass
         assert await shelf.words(3)
+
+
+async def test_work_of_which_all_is_lost_is_stopped_and_the_worker_goes_on(shelf: Shelf):
+    stopped = []
+
+    async def handler(items: Sequence[Item], claim: Claim) -> list[Settlement]:
+        if items[0].id in (1, 3):
+            try:
+                await asyncio.Event().wait()
+            finally:
+                stopped.append(items[0].id)
+        return await done(items, claim)
+
+    shelf.lost = {1, 2, 3}
+    shelf.put(1, 2)
+    shelf.put(3, 4)  # of these one is still its own
+    runner = worker(shelf, handler, beats_s=0.001)
+    async with running(runner):
+        shelf.put(5)  # has no place before the first claim is given up
+        assert await shelf.words(1) == {5: "done"}
+        while sorted(await shelf.kept.get()) != [3, 4]:
+            pass
+        assert stopped == [1]
+        assert runner.done.lost == 2
 
 
 async def test_an_item_that_crashed_its_worker_is_worked_on_alone(shelf: Shelf):
@@ -309,6 +337,18 @@ async def test_what_is_not_finished_in_time_is_stopped_and_given_back(shelf: She
         await runner.drain(0)
         assert shelf.left == ["me"]
         await stopped.wait()
+        await runner._ended.wait()
+    assert shelf.settled == {}
+
+
+async def test_who_leaves_does_not_wait_for_a_store_that_is_away(shelf: Shelf):
+    runner = worker(shelf)
+    async with running(runner):
+        await turns(5)
+        shelf.away = 10**9
+        shelf.put(1)
+        await turns(20)
+        await runner.drain(0)
         await runner._ended.wait()
     assert shelf.settled == {}
 

@@ -16,7 +16,7 @@ from serve.config import Egress, Settings, Store, Webhooks
 from serve.egress import EgressClient
 from serve.errors import Internal, StoreUnavailable
 from serve.flows import webhooks as flow
-from serve.flows.webhooks import LEASE_MARGIN_S, Sender
+from serve.flows.webhooks import LEASE_MARGIN_S, MadeWebhook, Sender
 from serve.jobs.owner import StoreOwner
 from serve.jobs.vault import Vault
 from serve.jobs.webhooks import ATTEMPTS_S, JITTER, new_secret
@@ -344,6 +344,73 @@ async def test_a_secret_that_cannot_be_read_stops_only_its_own(rig: Rig, caplog)
     assert made.id in caplog.text
     await rig.event()
     assert (await rig.settled()).word == "delivered"
+
+
+async def test_a_date_beyond_all_calendars_is_no_reason_to_wait(rig: Rig):
+    rig.receiver.status = 503
+    rig.receiver.headers = "Retry-After: Fri, 01 Jan 99999999999 00:00:00 GMT\r\n"
+    await rig.start()
+    await rig.event()
+    tried = await rig.settled()
+    assert (tried.word, tried.status, tried.hold_s) == ("retry", 503, 0)
+
+
+async def test_an_answer_that_breaks_the_sender_stops_only_its_own(rig: Rig, monkeypatch, caplog):
+    judge = flow.verdict
+
+    def broken(*args: Any, retry_after: str | None, **more: Any) -> Any:
+        if retry_after:
+            raise RecursionError
+        return judge(*args, retry_after=retry_after, **more)
+
+    monkeypatch.setattr(flow, "verdict", broken)
+    rig.receiver.headers = "Retry-After: 1\r\n"
+    await rig.start()
+    made = await rig.event()
+    tried = await rig.settled()
+    assert (tried.delivery, tried.word, tried.status) == (made.id, "retry", None)
+    assert "sender failed" in tried.error
+    assert made.id in caplog.text
+    rig.receiver.headers = ""
+    await rig.event()
+    assert (await rig.settled()).word == "delivered"
+
+
+async def test_a_settlement_that_breaks_stops_only_its_own(rig: Rig, monkeypatch, caplog):
+    settle = rig.store.settle_delivery
+    broken: list[str] = []
+
+    async def once(tried: Tried) -> bool:
+        if not broken:
+            broken.append(tried.delivery)
+            raise RuntimeError("no settlement")
+        return await settle(tried)
+
+    monkeypatch.setattr(rig.store, "settle_delivery", once)
+    await rig.start()
+    first = await rig.event()
+    await rig.arrived()
+    second = await rig.event()
+    assert (await rig.settled()).delivery == second.id
+    assert broken == [first.id]
+    assert "no settlement" in caplog.text
+
+
+async def test_a_sender_that_has_failed_is_not_waited_for(rig: Rig, monkeypatch):
+    async def broken(*_args: Any) -> Any:
+        raise RuntimeError
+
+    monkeypatch.setattr(rig.store, "claim_deliveries", broken)
+    sender = Sender(rig.store, None, rig.vault, Settings(), wall=rig.clock, rng=rig.rng)
+    with pytest.raises(ExceptionGroup):
+        await sender.run()
+    async with asyncio.timeout(20):
+        await sender.drain(1e9)
+
+
+def test_a_made_webhook_does_not_say_its_secret_by_itself():
+    secret = new_secret()
+    assert secret not in repr(MadeWebhook(Webhook("wh_1", "ann", "url", "sealed", 1), secret))
 
 
 async def test_it_waits_while_the_store_is_away(rig: Rig):

@@ -142,6 +142,28 @@ def test_an_upgraded_store_has_the_tables_of_a_new_one(path: Path, had: int):
     new.dispose()
 
 
+def test_a_store_of_version_3_is_upgraded_from_what_it_was(path: Path):
+    engine = sa.create_engine(f"sqlite:///{path}")
+
+    def listed() -> set[str]:
+        names = sa.text("SELECT name FROM sqlite_master WHERE type = 'index'")
+        with engine.connect() as conn:
+            return set(conn.execute(names).scalars())
+
+    had = {"ix_jobs_tenant", "ix_files_tenant", "ix_deliveries_webhook"}
+    new = {"ix_jobs_listed", "ix_files_listed", "ix_deliveries_listed"}
+    with engine.begin() as conn:
+        for step in (2, 3):
+            for statement in schema.STEPS[step]:
+                conn.execute(statement)
+        conn.execute(sa.update(schema.store).values(version=3))
+    assert listed() & (had | new) == had
+    with engine.begin() as conn:
+        assert schema.upgrade(conn) == 3
+    assert listed() & (had | new) == new
+    engine.dispose()
+
+
 def test_an_upgrade_that_fails_half_way_changes_nothing(
     opened: Callable[[], StoreOwner], path: Path, monkeypatch: pytest.MonkeyPatch
 ):

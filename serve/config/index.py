@@ -1,0 +1,67 @@
+"""Settings of landing: the index, and the buffer in front of it."""
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from serve.section import Section
+
+
+class Index(Section):
+    """Where vectors land."""
+
+    uri: str = Field("index", min_length=1, description="Folder of the index, under `data_dir`.")
+    compact_commits: int = Field(
+        64, ge=2, le=10_000, description="Compact a table after this many commits."
+    )
+    keep_versions_s: float = Field(
+        60, ge=1, le=86_400, description="How long old versions stay for readers on them."
+    )
+    tables_open_max: int = Field(
+        256, ge=1, le=100_000, description="Open tables held by one process."
+    )
+    max_items: int = Field(1000, ge=1, le=100_000, description="Records of one bulk upsert.")
+    max_bytes: int = Field(
+        8 * 2**20, ge=1024, le=2**30, description="Estimated bytes of one bulk upsert."
+    )
+    max_dim: int = Field(20_000, ge=1, le=100_000, description="Longest vector it takes.")
+
+
+class Buffer(Section):
+    """How writes wait for their bulk upsert. A lane is a collection."""
+
+    count_fill: float = Field(
+        0.8, gt=0, le=1, description="Flush a lane at this part of the index's `max_items`."
+    )
+    bytes_fill: float = Field(
+        0.75, gt=0, le=1, description="Flush a lane at this part of the index's `max_bytes`."
+    )
+    age_s_start: float = Field(
+        0.05, gt=0, le=60, description="First value of the age at which a lane is flushed."
+    )
+    age_s_min: float = Field(0.02, gt=0, le=60, description="Least adaptive age.")
+    age_s_max: float = Field(2, gt=0, le=60, description="Greatest adaptive age.")
+    writes_max: int = Field(50_000, ge=1, le=10**7, description="Writes the buffer holds.")
+    bytes_max: int = Field(
+        256 * 2**20, ge=2**20, le=2**36, description="Estimated bytes the buffer holds."
+    )
+    lanes_max: int = Field(10_000, ge=1, le=10**6, description="Collections with waiting writes.")
+    flushes_max: int = Field(2, ge=1, le=64, description="Bulk upserts in flight at once.")
+    flush_deadline_s: float = Field(30, gt=0, le=600, description="Longest bulk upsert.")
+    retry_s_max: float = Field(60, gt=0, le=3600, description="Longest pause before a retry.")
+    poison_share_max: float = Field(
+        0.2,
+        gt=0,
+        le=1,
+        description="When the index refuses more of a batch, it is a schema mistake: stop, pause.",
+    )
+    pause_s: float = Field(
+        5, gt=0, le=600, description="How long an unavailable index is left alone."
+    )
+
+    @model_validator(mode="after")
+    def _ages_are_in_order(self) -> Self:
+        if not self.age_s_min <= self.age_s_start <= self.age_s_max:
+            message = "buffer.age_s_start must lie between buffer.age_s_min and buffer.age_s_max"
+            raise ValueError(message)
+        return self

@@ -1,0 +1,75 @@
+"""Settings of processes: the door, workers, named actors."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from serve.section import Name, Section
+
+
+class Ingress(Section):
+    """The HTTP door."""
+
+    replicas: int = Field(
+        1,
+        ge=1,
+        le=1000,
+        description="Ingress replicas; while the Ledger is away each enforces 1/replicas of a limit.",
+    )
+    requests_max: int = Field(
+        512, ge=8, le=100_000, description="Requests a replica works on at once."
+    )
+    slice_tokens: int = Field(
+        16_384,
+        ge=256,
+        le=10**7,
+        description="A request above this is cut into calls of this size, spread over replicas.",
+    )
+    slices_in_flight_max: int = Field(
+        4, ge=1, le=256, description="Calls of one request that run at once."
+    )
+    tokens_per_s_min: float = Field(
+        500,
+        gt=0,
+        le=1e9,
+        description="Slowest pace at which a call's own work may go before it counts as lost.",
+    )
+    tokenizer_threads: int = Field(2, ge=1, le=64, description="Threads that tokenise.")
+
+
+class Worker(Section):
+    """One deployment that works on items of some stages."""
+
+    name: Name = Field("items", description="Its deployment is `worker-NAME`.")
+    stages: tuple[Literal["prepare", "predict", "embed"], ...] = Field(
+        ("prepare", "embed"), min_length=1, max_length=3, description="Stages it claims from."
+    )
+    replicas: int = Field(1, ge=1, le=1000, description="Worker replicas.")
+    items_max: int = Field(64, ge=1, le=500, description="Items of one claim.")
+    cost_max: float = Field(
+        16_384,
+        ge=1,
+        le=1e9,
+        description="Estimated tokens of one claim, if it is more than one item.",
+    )
+    claims_max: int = Field(
+        2, ge=1, le=64, description="Claims of one stage that a replica works on at once."
+    )
+    drain_s: float = Field(
+        30, gt=0, le=600, description="How long a replica that leaves may finish what it has."
+    )
+
+
+class Actors(Section):
+    """The named actors: Store owner, Upserter and Ledger."""
+
+    call_timeout_s: float = Field(
+        10, gt=0, le=600, description="Longest wait for a short call to an actor."
+    )
+    orphan_grace_s: float = Field(
+        60,
+        ge=5,
+        le=86_400,
+        description="An actor whose application is gone ends after this; longer than a redeploy.",
+    )
+    drain_s: float = Field(30, gt=0, le=600, description="Flush deadline when the writer leaves.")
