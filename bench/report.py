@@ -20,7 +20,15 @@ from typing import Any
 
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("headrace", "ray", "torch", "sentence-transformers", "numpy", "fastapi")
+PACKAGES = (
+    "headrace",
+    "ray",
+    "torch",
+    "sentence-transformers",
+    "onnxruntime",
+    "numpy",
+    "fastapi",
+)
 DIGITS = 4
 """Significant digits in results: more would be noise."""
 LOAD_BEFORE = os.getloadavg()[0]

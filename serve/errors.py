@@ -92,6 +92,13 @@ class MethodNotAllowed(ServiceError):
     code = "method_not_allowed"
 
 
+class NotSatisfiable(ServiceError):
+    """A `Range` that begins behind the end."""
+
+    status = 416
+    code = "range_not_satisfiable"
+
+
 class Conflict(ServiceError):
     """The thing exists already, in another shape."""
 

@@ -137,7 +137,7 @@ class Events(Protocol):
         ...
 
     async def job_events(self, tenant: str, job: str, after: int, limit: int) -> Sequence[Event]:
-        """A job's events above number `after`."""
+        """A job's events above number `after`; after -1 its last one."""
         ...
 
     async def job_stats(self, tenant: str) -> Stats:

@@ -45,7 +45,12 @@ def rng() -> random.Random:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Ray speaks over the machine's own address; the other tiers reach 127.0.0.1 only."""
+    """Ray speaks over the machine's own address; the other tiers reach 127.0.0.1 only.
+
+    The tests of one tier share a cluster: with `--dist loadgroup` they stay in one process.
+    """
     for item in items:
-        if any(item.get_closest_marker(name) for name in ("ray", "e2e", "chaos")):
-            item.add_marker(pytest.mark.enable_socket)
+        for name in ("ray", "e2e", "chaos"):
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.enable_socket)
+                item.add_marker(pytest.mark.xdist_group(name))

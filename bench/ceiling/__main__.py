@@ -42,6 +42,7 @@ from serve.flows.jobs import JobFlow
 from serve.flows.models import Models
 from serve.flows.operators import OperatorFlow
 from serve.flows.search import SearchFlow
+from serve.flows.streams import Streams
 from serve.flows.usage import UsageFlow
 from serve.flows.webhooks import WebhookFlow
 from serve.index.memory import MemoryIndex
@@ -114,7 +115,7 @@ class Ceiling:
             rng=random.Random(),
         )
         self._quotas = _quotas(settings, store)
-        self._feed = Feed(store, settings.jobs, time.monotonic)
+        self._feed = Feed(store, time.monotonic)
         self._service = self._wire(settings, store)
         self._runner = self._worker(settings, store)
         self._ticking = partial(_tick, store, settings.jobs.tick_s)
@@ -150,6 +151,7 @@ class Ceiling:
             UsageFlow(context, store, Unreported()),
             JobFlow(context, collections, store, store, queues=Unreported(), files=files),
             self._feed,
+            Streams(settings),
             files,
             BatchFlow(context, collections, store, files),
             WebhookFlow(context, store, Vault(Vault.new_key())),

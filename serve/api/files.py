@@ -14,7 +14,7 @@ from serve.api.service import Asked
 from serve.api.sse import HeldStream
 from serve.api.wire import page_size, query, reply
 from serve.content.blobs import PIECE_BYTES
-from serve.errors import BadInput
+from serve.errors import BadInput, NotSatisfiable
 from serve.items import Order, StoredFile
 
 
@@ -57,11 +57,25 @@ FORM: dict[str, Any] = {
         },
     }
 }
-BYTES: dict[int | str, dict[str, Any]] = {
-    200: {
-        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
-    }
+_BINARY = {
+    "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 }
+BYTES: dict[int | str, dict[str, Any]] = {
+    200: _BINARY,
+    206: {"description": "The range", **_BINARY},
+}
+RANGE: dict[str, Any] = {
+    "parameters": [
+        {
+            "name": "Range",
+            "in": "header",
+            "required": False,
+            "description": "`bytes=START-` or `bytes=START-END`, both included; others are ignored.",
+            "schema": {"type": "string"},
+        }
+    ]
+}
+_SPAN = re.compile(r"bytes=([0-9]{1,15})-([0-9]{0,15})")
 _SECONDS = re.compile(r"[0-9]{1,9}")
 
 
@@ -112,21 +126,29 @@ async def find_file(file_id: str, ask: Asked) -> Response:
 
 
 @free.get(
-    "/v1/files/{file_id}/content", status_code=200, response_class=HeldStream, responses=BYTES
+    "/v1/files/{file_id}/content",
+    status_code=200,
+    response_class=HeldStream,
+    openapi_extra=RANGE,
+    responses=BYTES,
 )
 async def read_file(file_id: str, ask: Asked) -> Response:
-    """A file's bytes."""
-    file, pieces = await ask.service.files.content(ask.who, file_id)
+    """A file's bytes, or one range of them: a download that broke off goes on where it was."""
+    file = await ask.service.files.find(ask.who, file_id)
+    start, stop = span = _span(ask.request.headers.get("range", ""), file.size)
+    pieces = ask.service.files.content(file, start, stop)
     first = await anext(pieces, b"")  # where the bytes are gone, this is a 404 and not a broken 200
-
-    async def whole(_: float) -> AsyncGenerator[bytes, None]:
-        yield first
-        async for piece in pieces:
-            yield piece
-
-    headers = {"content-length": str(file.size)}
-    place = ask.service.streams.open(ask.who.tenant)
-    return HeldStream(place, whole, headers=headers, media_type="application/octet-stream")
+    headers = {"content-length": str(stop - start), "accept-ranges": "bytes"}
+    part = span != (0, file.size)
+    if part:
+        headers["content-range"] = f"bytes {start}-{stop - 1}/{file.size}"
+    return HeldStream(
+        ask.service.streams.open(ask.who.tenant),
+        lambda _: _joined(first, pieces),
+        status=206 if part else 200,
+        headers=headers,
+        media_type="application/octet-stream",
+    )
 
 
 @free.delete("/v1/files/{file_id}", responses={200: {"model": FileDeleted}})
@@ -181,6 +203,28 @@ async def _form(request: Request) -> AsyncIterator[FormData]:
         yield form
     finally:
         await form.close()
+
+
+async def _joined(first: bytes, rest: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+    yield first
+    async for piece in rest:
+        yield piece
+
+
+def _span(asked: str, size: int) -> tuple[int, int]:
+    """The bytes to send, from the first to before the second (RFC 9110, section 14).
+
+    All of them where no single range is asked for. Raises NotSatisfiable.
+    """
+    found = _SPAN.fullmatch(asked)
+    if found is None:
+        return 0, size
+    start, last = int(found[1]), int(found[2] or size - 1)
+    if found[2] and last < start:
+        return 0, size
+    if start >= size:
+        raise NotSatisfiable(f"The file has {size} bytes.", param="range")
+    return start, min(last + 1, size)
 
 
 def _file(form: FormData) -> UploadFile:

@@ -57,7 +57,9 @@ async def stream_job(job_id: str, ask: Asked) -> Response:
     Without a number to go on from, events begin with the snapshot.
     """
     feed, tenant, after = ask.service.feed, ask.who.tenant, _after(ask.request)
-    begin = await feed.last() if after is None else after  # the snapshot must not be older
+    begin = (
+        await feed.last(tenant, job_id) if after is None else after
+    )  # the snapshot must not be older
     seen = await ask.service.jobs.find(ask.who, job_id)
     if after is not None and seen.job.ended and not await feed.missed(tenant, job_id, after):
         return Response(status_code=204)

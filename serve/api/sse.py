@@ -55,10 +55,11 @@ class HeldStream(StreamingResponse):
         place: AbstractContextManager[float],
         pieces: Callable[[float], AsyncGenerator[bytes, None]],
         *,
+        status: int = 200,
         headers: Mapping[str, str] | None = None,
         media_type: str | None = None,
     ) -> None:
-        super().__init__((), headers=headers, media_type=media_type)
+        super().__init__((), status, headers, media_type)
         self._place = place
         self._pieces = pieces
 

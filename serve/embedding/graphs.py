@@ -69,7 +69,7 @@ class Graph:
             facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
             graph = cls(folder, **facts)
             sound = GRAPH in graph.files and graph.files == checksums(folder)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, TypeError) as error:
             log.warning("the graph in %s cannot be read: %s", folder, error)

@@ -1,7 +1,7 @@
 """The default engine on a CPU: a graph in ONNX Runtime. The only door to that library.
 
 One short text takes a third of torch's time, and a replica that runs a graph imports no torch,
-which is 10 s of its start and 300 MB.
+which is 10 s of its start and 400 MB.
 """
 
 from collections.abc import Sequence

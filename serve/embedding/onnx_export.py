@@ -55,7 +55,7 @@ def export(model: Model, folder: Path, *, threads: int) -> Graph:
         folder, checksums(folder), rows.vocab_size, rows.pad_id, rows.pad_left, 0.0, versions()
     )
     ours = OnnxEngine(model, graph, threads=threads)
-    cosine = min(cosine_min(original, ours, batch) for batch in batches(model))
+    cosine = float(np.min([cosine_min(original, ours, batch) for batch in batches(model)]))
     if not cosine >= COSINE_MIN:  # NaN compares as false
         raise ModelUnavailable(
             f"Model {model.id}: its graph differs from torch: cosine {cosine:.6f}, at least "
@@ -67,12 +67,14 @@ def export(model: Model, folder: Path, *, threads: int) -> Graph:
 
 
 def _save(composed: Composed, path: Path) -> None:
-    # Sizes unlike each other, and neither 0 nor 1: those the exporter would take for constants.
-    ids = torch.ones((3, 17), dtype=torch.int64)
+    # Sizes unlike each other, and neither 0 nor 1, which the exporter would take for constants; two
+    # tensors, since it takes one that is given twice for one input; and a mask that hides something.
+    ids, mask = torch.ones((3, 17), dtype=torch.int64), torch.ones((3, 17), dtype=torch.int64)
+    mask[1, 9:] = 0
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     program = torch.onnx.export(
         composed,
-        (ids, ids),
+        (ids, mask),
         dynamo=True,
         opset_version=OPSET,
         input_names=[IDS, MASK],

@@ -143,10 +143,13 @@ class Feed:
         with self.watch(job) as watch:
             await watch.ended(until - self._clock())
 
-    async def last(self) -> int:
-        """The number of the last event of all. Raises StoreUnavailable."""
-        (last,) = await self._events.events(-1, 1, 0)
-        return last.number
+    async def last(self, tenant: str, job: str) -> int:
+        """The number of the job's last event; 0 where there is none. Raises StoreUnavailable.
+
+        Not that of all events: it would tell how much others do.
+        """
+        last = await self._events.job_events(tenant, job, -1, 1)
+        return last[0].number if last else 0
 
     async def missed(self, tenant: str, job: str, after: int) -> bool:
         """Whether there is an event of the job above that number. Raises StoreUnavailable."""

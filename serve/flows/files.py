@@ -97,12 +97,9 @@ class FileFlow:
         """Up to `limit` files by age, those behind the id `after`."""
         return await self._files.list_files(caller.tenant, purpose, order, after, limit)
 
-    async def content(
-        self, caller: Caller, file_id: str
-    ) -> tuple[StoredFile, AsyncIterator[bytes]]:
-        """A file and its bytes. Raises NotFound."""
-        file = await self.find(caller, file_id)
-        return file, self._blobs.stream(file.id)
+    def content(self, file: StoredFile, start: int, stop: int) -> AsyncIterator[bytes]:
+        """A file's bytes from `start` to before `stop`. Raises NotFound before the first piece."""
+        return self._blobs.stream(file.id, start, stop)
 
     async def hand_over(
         self, file: StoredFile, job: Job, once: Once | None, *, jobs: Handover

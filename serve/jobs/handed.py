@@ -228,14 +228,12 @@ def events(conn: sa.Connection, after: int, limit: int) -> list[Event]:
 
 
 def job_log(conn: sa.Connection, tenant: str, job: str, after: int, limit: int) -> list[Event]:
-    """A job's events above number `after`; none of another tenant's job."""
-    some = (
-        _EVENT.where(
-            job_events.c.job == job, job_events.c.tenant == tenant, job_events.c.number > after
-        )
-        .order_by(job_events.c.number)
-        .limit(limit)
-    )
+    """A job's events above number `after`, or after -1 its last one; none of another tenant's job."""
+    mine = _EVENT.where(job_events.c.job == job, job_events.c.tenant == tenant)
+    if after < 0:
+        some = mine.order_by(job_events.c.number.desc()).limit(1)
+    else:
+        some = mine.where(job_events.c.number > after).order_by(job_events.c.number).limit(limit)
     return [Event(*row) for row in conn.execute(some)]
 
 

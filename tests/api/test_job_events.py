@@ -175,6 +175,19 @@ async def test_events_begin_with_the_snapshot_unless_told(idle, client):
     assert snapshot.id == (await logged(idle, job))[-2]
 
 
+async def test_a_snapshot_s_number_says_nothing_of_others(idle, client):
+    job = await submit(client, 1)
+    path = f"{JOBS}/{job}/events"
+    async with over_http(idle) as http:
+        async with reading(http, path) as stream:
+            before = (await anext(stream)).id
+        stranger = await idle.client("other")
+        assert (await stranger.post("/v1/collections", json={"name": "docs"})).status_code == 201
+        await submit(stranger, 1)
+        async with reading(http, path) as stream:
+            assert (await anext(stream)).id == before
+
+
 async def test_a_reader_that_leaves_gives_its_place_back(start):
     whole = await start(jobs=Jobs(streams_max=1), working=False)
     job = await submit(await whole.client("enterprise"), 1)

@@ -112,10 +112,22 @@ async def test_pausing_and_resuming_are_charged_and_cancelling_is_not(idle):
     assert (await client.post(f"/v1/jobs/{job}/cancel")).status_code == 200
 
 
-async def test_a_file_whose_bytes_are_gone_is_not_found(idle, client):
+async def test_a_file_is_read_in_ranges_and_not_found_without_its_bytes(idle, client):
     form = {"file": ("a.jsonl", b"{}\n"), "purpose": (None, "batch")}
     file = (await client.post("/v1/files", files=form)).json()["id"]
     path = f"/v1/files/{file}/content"
     assert (await client.get(path)).content == b"{}\n"
+    for asked, status, got, span in (
+        ("bytes=1-", 206, b"}\n", "bytes 1-2/3"),
+        ("bytes=0-0", 206, b"{", "bytes 0-0/3"),
+        ("bytes=1-99", 206, b"}\n", "bytes 1-2/3"),
+        ("bytes=2-1", 200, b"{}\n", None),
+        ("bytes=-1", 200, b"{}\n", None),
+        ("lines=0-", 200, b"{}\n", None),
+    ):
+        answer = await client.get(path, headers={"range": asked})
+        assert (answer.status_code, answer.content) == (status, got)
+        assert answer.headers.get("content-range") == span
+    assert (await client.get(path, headers={"range": "bytes=3-"})).status_code == 416
     await idle.blobs.delete(file)
     assert (await client.get(path)).status_code == 404

@@ -1,7 +1,11 @@
-"""What every engine promises (`ports.Engine`), over the simulated and the real one."""
+"""What every engine promises (`ports.Engine`), over the simulated and the real ones."""
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +13,7 @@ import pytest
 from serve.config import Model, Settings
 from serve.embedding.fake import FakeEngine
 from serve.embedding.files import model_folder
+from serve.embedding.graphs import Graphs
 from serve.embedding.guard import checked
 from serve.embedding.tokenizer import Tokenizer
 from serve.errors import BadInput, ModelUnavailable
@@ -16,6 +21,10 @@ from serve.ports import Engine
 from serve.records import Input
 
 
+pytestmark = pytest.mark.timeout(400)  # the first run of all makes a graph
+
+ROOT = Path(__file__).parents[2]
+GRAPHS = ROOT / "data" / "graphs"
 MINILM = Settings().pools[0].models[0]
 FAKE = Model(id="fake", engine="fake", dimensions=64, tokens_max=256)
 
@@ -45,20 +54,36 @@ class Subject:
         return [Input(ids=self.tokenizer.truncate(row, limit)) for row in rows]
 
 
-@pytest.fixture(scope="module", params=["fake", "sentence_transformers"])
+@pytest.fixture(scope="module", params=["fake", "onnx", "sentence_transformers"])
 def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
     if request.param == "fake":
         found = Subject(FAKE, FakeEngine(FAKE))
     else:
-        found = Subject(MINILM, _minilm(MINILM))
+        found = Subject(MINILM, MINILMS[request.param](MINILM))
     yield found
     found.engine.close()
 
 
-def _minilm(model: Model) -> Engine:
+@pytest.fixture(scope="module", params=["onnx", "sentence_transformers"])
+def minilm(request: pytest.FixtureRequest) -> Iterator[Subject]:
+    found = Subject(MINILM, MINILMS[request.param](MINILM))
+    yield found
+    found.engine.close()
+
+
+def _torch(model: Model) -> Engine:
     from serve.embedding.sentence_transformers import SentenceTransformersEngine  # noqa: PLC0415
 
     return SentenceTransformersEngine(model, model_folder(MINILM), device="cpu", threads=1)
+
+
+def _onnx(model: Model) -> Engine:
+    from serve.embedding.onnx import OnnxEngine  # noqa: PLC0415
+
+    return OnnxEngine(model, Graphs(GRAPHS).take(MINILM, threads=2), threads=1)
+
+
+MINILMS = {"onnx": _onnx, "sentence_transformers": _torch}
 
 
 def test_rows_are_unit_float32_in_one_piece(subject: Subject) -> None:
@@ -141,29 +166,53 @@ def reference() -> np.ndarray:
     return np.asarray(model.encode(TEXTS, batch_size=3, normalize_embeddings=True))
 
 
-def test_minilm_equals_sentence_transformers_encode(reference: np.ndarray) -> None:
-    subject = Subject(MINILM, _minilm(MINILM))
-    vectors = subject.engine.forward(subject.inputs(TEXTS))
+def test_minilm_equals_sentence_transformers_encode(minilm: Subject, reference: np.ndarray) -> None:
+    vectors = minilm.engine.forward(minilm.inputs(TEXTS))
     assert (vectors * reference).sum(axis=1).min() > 0.9999
 
 
-def test_padding_goes_to_the_side_the_model_was_trained_with() -> None:
-    engine = _minilm(MINILM)
-    batch = [Input(ids=np.array([101, 7, 102], np.int32)), Input(ids=np.array([5], np.int32))]
-    assert [part.tolist() for part in engine._padded(batch)] == [
-        [[101, 7, 102], [5, 0, 0]],
-        [[1, 1, 1], [1, 0, 0]],
-    ]
-    engine._pad_left = True
-    assert [part.tolist() for part in engine._padded(batch)] == [
-        [[101, 7, 102], [0, 0, 5]],
-        [[1, 1, 1], [0, 0, 1]],
-    ]
-
-
-def test_minilm_refuses_ids_beyond_its_table() -> None:
+def test_minilm_refuses_ids_beyond_its_table(minilm: Subject) -> None:
     with pytest.raises(BadInput, match="30522"):
-        _minilm(MINILM).forward([Input(ids=np.array([101, 30522, 102], np.int32))])
+        minilm.engine.forward([Input(ids=np.array([101, 30522, 102], np.int32))])
+
+
+def test_a_graph_equals_torch_in_batches_of_every_shape() -> None:
+    graph, torch = _onnx(MINILM), _torch(MINILM)
+    rng = np.random.default_rng(7)
+    for longest, inputs in [(1, 1), (2, 64), (256, 4), (31, 2), (255, 1)]:
+        lengths = [longest, *rng.integers(1, longest + 1, inputs - 1)]
+        batch = [Input(ids=rng.integers(999, 30522, n).astype(np.int32)) for n in lengths]
+        cosines = (graph.forward(batch) * torch.forward(batch)).sum(axis=1)
+        assert cosines.min() > 0.9999
+
+
+def test_a_graph_that_is_kept_is_served_without_torch() -> None:
+    """Importing torch takes ten seconds and 300 MB; its import here is what fails this test."""
+    Graphs(GRAPHS).take(MINILM, threads=2)
+    code = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from serve.config import Settings\n"
+        "from serve.embedding.pool import Pool\n"
+        f"[settings] = Settings().under(Path({str(GRAPHS.parent)!r})).pools\n"
+        "pool = Pool(settings, clock=time.monotonic)\n"
+        "pool.load()\n"
+        "names = ('torch', 'transformers', 'sentence_transformers', 'onnx', 'onnxscript')\n"
+        "print(type(pool.engine('all-MiniLM-L6-v2')).__name__, [n for n in names if n in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "OnnxEngine []"
+
+
+def test_a_graph_that_cannot_be_loaded_is_unavailable(tmp_path: Path) -> None:
+    from serve.embedding.onnx import OnnxEngine  # noqa: PLC0415
+
+    (tmp_path / "graph.onnx").write_bytes(b"no graph")
+    graph = replace(Graphs(GRAPHS).take(MINILM, threads=2), folder=tmp_path)
+    with pytest.raises(ModelUnavailable, match="cannot be loaded"):
+        OnnxEngine(MINILM, graph, threads=1)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +224,7 @@ def test_minilm_refuses_ids_beyond_its_table() -> None:
 )
 def test_settings_that_are_not_the_models_are_refused(change: dict[str, int], message: str) -> None:
     with pytest.raises(ModelUnavailable, match=message):
-        _minilm(MINILM.model_copy(update=change))
+        _torch(MINILM.model_copy(update=change))
 
 
 def test_a_folder_without_a_model_is_unavailable(tmp_path) -> None:

@@ -138,6 +138,8 @@ def test_a_job_survives_the_kill_of_everything(chaos: Chaos, record_property: An
         jobs.append(chaos.call("POST", "/v1/jobs", body)["id"])
     roles = list(ROLES)
     while (number := sum(chaos.killed.values())) < KILLS:
+        if number % 2 == 0:  # over the whole job; every second one while the service recovers
+            until_processed(chaos, jobs, number * ITEMS // KILLS)
         time.sleep(chaos.rng.uniform(*PAUSE_S))
         chaos.kill(
             roles[number] if number < len(roles) else chaos.rng.choice(roles[:-1] * 4 + roles)
@@ -151,6 +153,19 @@ def test_a_job_survives_the_kill_of_everything(chaos: Chaos, record_property: An
     chunks = sum(item["result"]["chunks"] for job in jobs for item in all_items(chaos, job))
     assert chunks > ITEMS  # some documents have several
     assert chaos.call("GET", "/v1/collections/chaos")["records"] == chunks
+
+
+def until_processed(chaos: Chaos, jobs: list[str], count: int) -> None:
+    """Wait for so many items to be done; they must go on."""
+    seen, moved = -1, time.monotonic()
+    while True:
+        now = sum(chaos.call("GET", f"/v1/jobs/{job}")["processed"] for job in jobs)
+        if now >= count:
+            return
+        if now != seen:
+            seen, moved = now, time.monotonic()
+        assert time.monotonic() - moved < QUIET_S_MAX, f"stuck at {now} of {count}"
+        time.sleep(0.5)
 
 
 def until_ended(chaos: Chaos, job: str) -> dict[str, Any]:

@@ -52,6 +52,13 @@ def test_vectors_equal_the_library_alone_and_in_a_mixed_batch(served, client):
         assert np.min(np.sum(vectors * wanted, axis=1)) > 0.9999
 
 
+def test_the_replica_runs_a_graph_and_not_torch_in_its_place(served, client):
+    client.embeddings.create(model="all-MiniLM-L6-v2", input="ready")
+    said = [path.read_text(errors="replace") for path in served.temp_dir.rglob("worker-*.err")]
+    assert said
+    assert "torch serves" not in "".join(said)
+
+
 def test_a_request_refused_by_the_real_tokenizer_names_the_input(served):
     body = {"model": "all-MiniLM-L6-v2", "input": ["short", "word " * 400]}
     headers = {"authorization": f"Bearer {served.key}"}

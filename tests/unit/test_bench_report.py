@@ -4,11 +4,13 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from bench import crowd, fairness, handout, http, simulated, texts
+from bench import crowd, engine, fairness, handout, http, simulated, texts
 from bench.formula import FormulaQueue
 from bench.load import LOADS, Failed, Load, Sample, Target
 from bench.report import finish, jain, percentile, ratios, rounded, spread, table
 from bench.tenants import ASKERS, FLOODS, TIERS, Phase, Waits
+from serve.config import Batch
+from serve.embedding.packing import Pace
 
 
 def test_a_percentile_is_one_of_the_values():
@@ -185,6 +187,37 @@ def test_a_targets_throughput_is_told_by_the_best_of_its_round():
     found = handout.summary({100.0: short, 1600.0: long})["targets"]
     assert found["100"]["ratio_of_best"] == {"median": pytest.approx(0.85), "min": 0.8, "max": 0.9}
     assert found["1600"]["ratio_of_best"]["min"] == 1
+
+
+def test_an_engine_is_told_by_plain_encode_of_the_same_round():
+    results = engine.Results(cosines={"onnx": 0.9999}, waste={"short": {"planned": 0.1}})
+    for threads, pace in ((1, 1.0), (2, 1.5)):
+        results.single_ms[threads] = {"encode": [20.0, 40.0], "onnx": [5.0, 10.0]}
+        for wall_s in (1.0, 4.0):
+            results.of(threads, "short", "encode").add(100, wall_s, wall_s)
+            results.of(threads, "short", "onnx_planned").add(100, wall_s / 2 / pace, wall_s / 2)
+    found = engine.summary(results, "onnx_planned")
+    assert found["texts_s"]["short"] == {"median": 187.5, "min": 75, "max": 300}
+    assert found["ratio_vs_encode"]["short"] == {"median": 3, "min": 3, "max": 3}
+    one = found["threads"]["1"]["short"]["onnx_planned"]
+    assert one["ratio_vs_encode"]["median"] == one["cpu_ratio_vs_encode"]["median"] == 2
+    assert one["cpu_ms"] == {"median": 12.5, "min": 5, "max": 20}
+    assert found["single_ms"]["2"]["onnx"]["max"] == 10
+    assert (found["cosine_min"], found["padding_waste"]["short"]) == (
+        {"onnx": 0.9999},
+        {"planned": 0.1},
+    )
+    assert "short: onnx_planned" in engine.shown(found)
+
+
+def test_padding_is_told_by_the_batches_that_hold_it():
+    load = engine.Load("x", ["a b c d", "a", "a b c d", "a"] * 16, [], [4, 1, 4, 1] * 16)
+    assert load.waste(load.arrival()) == pytest.approx(1 - 2.5 / 4)
+    assert load.waste(load.by_length()) == 0
+    planned = load.planned(Pace(0.0, 1.0), Batch(tokens_max=64, items_max=8))
+    assert load.waste(planned) == 0
+    assert sorted(index for batch in planned for index in batch) == list(range(64))
+    assert max(map(len, planned)) == 8
 
 
 def test_the_formula_puts_the_paying_first_until_age_tells(clock):

@@ -317,6 +317,14 @@ def test_demo_keys_do_not_come_back_after_all_were_revoked(local, tmp_path, port
     assert local.kept() == []
 
 
+def test_a_start_that_makes_a_graph_says_so_once(local, tmp_path, port, monkeypatch):
+    found = start(tmp_path, port).stderr
+    assert "Making an ONNX graph of all-MiniLM-L6-v2" in found
+    assert str(tmp_path / "graphs") in found
+    monkeypatch.setattr(cli.Graphs, "find", lambda *_: object())
+    assert "graph" not in start(tmp_path, port).stderr
+
+
 def test_the_fast_profile_warns_of_open_ports(local, tmp_path, port):
     done = start(tmp_path, port, "--profile", "fast")
     assert local.environment["RAY_SERVE_ENABLE_HA_PROXY"] == "1"

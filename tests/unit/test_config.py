@@ -138,6 +138,23 @@ def test_a_real_engine_needs_its_files_and_their_hash():
         Settings.model_validate({"pools": [{"models": [model]}]})
 
 
+def test_graphs_run_on_cpus():
+    graph = FAKE | {"engine": "onnx", "source": "x", "sha256": "0" * 64}
+    assert Settings.model_validate({"pools": [{"models": [graph]}]})
+    with pytest.raises(ValidationError, match="engine onnx runs on CPUs"):
+        Settings.model_validate({"pools": [{"models": [graph], "gpus": 0.5}]})
+
+
+def test_folders_of_graphs_go_with_the_data_folder_unless_they_are_absolute(tmp_path):
+    pools = [
+        {"models": [FAKE]},
+        {"name": "b", "models": [FAKE | {"id": "b"}], "graphs": "/opt/graphs"},
+    ]
+    placed = Settings.model_validate({"pools": pools}).under(tmp_path / "data")
+    assert placed.data_dir == str(tmp_path / "data")
+    assert [pool.graphs for pool in placed.pools] == [str(tmp_path / "data/graphs"), "/opt/graphs"]
+
+
 @pytest.mark.parametrize(
     ("pools", "word"),
     [

@@ -12,7 +12,7 @@ import pytest
 
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("ray", "torch", "pinecone", "sentence_transformers", "lancedb", "pyarrow")
+HEAVY = ("ray", "torch", "onnxruntime", "pinecone", "sentence_transformers", "lancedb", "pyarrow")
 
 
 def _python(code: str, cwd: Path, path: Path) -> str:

