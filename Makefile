@@ -33,9 +33,9 @@ serve: setup  ## Start the service on 127.0.0.1:8000 (PROFILE=name picks a profi
 
 test: setup  ## All tests: the quick tiers, then the short ray and e2e tiers
 	@echo "test: unit, property, contract, api"
-	@$(BIN)/pytest -q -rs -n 4
-	@echo "test: ray and e2e, side by side"
-	@$(BIN)/pytest -q -rs -p no:randomly -n 2 --dist loadgroup -m "ray or e2e"
+	@$(BIN)/pytest -q -rs -n 3
+	@echo "test: ray, e2e"
+	@$(BIN)/pytest -q -rs -p no:randomly -m "ray or e2e"
 	@echo "test: not here but in 'make check': test-postgres, test-chaos"
 
 test-ray: setup  ## Only the tests that need a Ray cluster

@@ -1,6 +1,6 @@
 """How long does a light tenant wait while others flood, and who gets how much of the model?
 
-    python -m bench.fairness              # a real Ray cluster, torch on the CPU: about 40 minutes
+    python -m bench.fairness              # a real Ray cluster, the engine of config.yaml: 40 minutes
     python -m bench.fairness --simulated  # one process, a simulated device: about three minutes
     python -m bench.fairness --smoke      # the same, under 30 s
 
@@ -22,8 +22,9 @@ from typing import Any
 
 from bench import crowd, simulated, town
 from bench.crowd import ASKED, POLICIES, TIERS, LightWaits, Policy, Pressure, Town
-from bench.report import arguments, finish, jain, percentile, ratios, spread, table
+from bench.report import ROOT, arguments, finish, jain, percentile, ratios, spread, table
 from bench.town import Cluster
+from deployments.places import DeployFile
 
 
 PARTS = (0.5, 0.95, 0.99)
@@ -43,7 +44,7 @@ class Plan:
     """How long each phase lasts. One core of two for the model: proxy and load program take the other."""
 
     rounds: int = 2
-    target_ms: float = 100
+    target_ms: float = 50
     cpus: float = 1
     idle_s: float = 5
     flood_s: float = 30
@@ -295,7 +296,9 @@ def main(words: Sequence[str] | None = None) -> None:
         "bulk_connections": crowd.BULK_CONNECTIONS,
         "light_rate": crowd.LIGHT_RATE,
     }
-    head = {"device": "cpu, torch", **asdict(plan), **loads}
+    settings = DeployFile.read(ROOT / "config.yaml").settings
+    engine = next(iter(settings.models.values())).engine
+    head = {"device": f"cpu, {engine}", **asdict(plan), **loads}
     finish("fairness", "default", {**head, **result}, options.out)
 
 

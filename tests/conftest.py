@@ -45,12 +45,7 @@ def rng() -> random.Random:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Ray speaks over the machine's own address; the other tiers reach 127.0.0.1 only.
-
-    The tests of one tier share a cluster: with `--dist loadgroup` they stay in one process.
-    """
+    """Ray speaks over the machine's own address; the other tiers reach 127.0.0.1 only."""
     for item in items:
-        for name in ("ray", "e2e", "chaos"):
-            if item.get_closest_marker(name):
-                item.add_marker(pytest.mark.enable_socket)
-                item.add_marker(pytest.mark.xdist_group(name))
+        if any(item.get_closest_marker(name) for name in ("ray", "e2e", "chaos")):
+            item.add_marker(pytest.mark.enable_socket)

@@ -139,7 +139,7 @@ def settings_in(folder: Path) -> Settings:
         limits=Limits(bulk_deadline_s=60),
         jobs=Jobs(retry_s=1, retry_factor=1.5),
         actors=Actors(orphan_grace_s=6, drain_s=5),
-    )
+    ).under(folder)  # as the application deploys them: actors are named after their settings
 
 
 @pytest.fixture(scope="package")
