@@ -208,17 +208,20 @@ class Runner:
         await self._settle([replace(blank, delay_s=self._retries.after(1))])
 
     async def _beat(self) -> None:
+        pause_s = self._rules.heartbeat_s
         while True:
-            await asyncio.sleep(self._rules.heartbeat_s)
+            await asyncio.sleep(pause_s)
+            pause_s = self._rules.heartbeat_s
             held = dict(self._held)  # not what is claimed meanwhile, perhaps of the same items
             try:
                 ids = [item.id for claim in held.values() for item in claim.items]
                 lost = await self._queue.keep(self._owner, ids)
             except ServiceError as error:
                 log.warning("cannot keep the leases: %s", error)
+                pause_s = min(AWAY_S, pause_s)  # a lost call and two whole pauses outlast a lease
             else:
-                if lost:
-                    log.warning("%d items are worked on by somebody else by now", len(lost))
+                if lost:  # or their settlement is on its way back
+                    log.info("%d items are not leased to this worker any more", len(lost))
                 for task, claim in held.items():
                     if lost.issuperset(item.id for item in claim.items) and task.cancel():
                         self.done.lost += len(claim.items)

@@ -232,6 +232,24 @@ async def test_a_worker_says_what_it_holds(shelf: Shelf):
         assert await shelf.words(3)
 
 
+async def test_a_beat_that_was_not_heard_is_repeated_soon(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+):
+    """A lost call and another whole pause would outlast a lease."""
+    pauses: list[float] = []
+
+    async def record(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            raise asyncio.CancelledError
+
+    monkeypatch.setattr(asyncio, "sleep", record)
+    shelf.away = 1
+    with pytest.raises(asyncio.CancelledError):
+        await worker(shelf)._beat()
+    assert pauses == [5.0, module.AWAY_S, 5.0]
+
+
 async def test_work_of_which_all_is_lost_is_stopped_and_the_worker_goes_on(shelf: Shelf):
     stopped = []
 
