@@ -7,9 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import ClassVar
 
+import ray
 from ray.serve import get_replica_context
 
 from deployments.handles import LedgerPort
+from deployments.outlet import LOOPBACK, Address, Outlet
 from serve import config
 from serve.embedding.pool import Pool
 from serve.errors import ModelUnavailable, ServiceError
@@ -39,12 +41,27 @@ class Embedder:
             clock=time.monotonic,
         )
         self._task = asyncio.create_task(self._batcher.run())
+        self._outlet = Outlet(self.embed, calls_max=pool.calls_max)
+        self._address = await self._listen(pool)
+        self._drain_s = settings.actors.drain_s
         self._reports_failed = 0
         self._reporting = asyncio.create_task(self._report(pool.name, settings))
 
     async def embed(self, call: EmbedCall) -> EmbedReply:
         """See `serve.ports.Embedder`."""
         return await self._batcher.submit(call)
+
+    async def _listen(self, pool: config.Pool) -> Address | None:
+        if pool.conduits == "off":
+            return None
+        host = LOOPBACK
+        if pool.conduits == "network":
+            host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        return await self._outlet.open(ray.get_runtime_context().get_node_id(), host)
+
+    async def address(self) -> Address | None:
+        """Where calls may come in without Ray's handle."""
+        return self._address
 
     async def ready(self) -> bool:
         """Whether the batcher lives and the models answer."""
@@ -58,14 +75,18 @@ class Embedder:
         if not self._batcher.healthy:
             raise ModelUnavailable("A model fails on its warm-up input.")
 
+    async def __del__(self) -> None:
+        """Serve awaits this once its own calls are done; those of the conduits end here."""
+        await self._outlet.close(self._drain_s)
+
     async def stats(self) -> dict[str, float]:
         """What waits now, and counts since the replica started."""
         waiting = {
             "queued_tokens": self._batcher.queued_tokens,
             "queued_items": self._batcher.queued_items,
         }
-        reports = {"reports_failed": self._reports_failed}
-        return waiting | reports | asdict(self._batcher.tally)
+        counts = {"reports_failed": self._reports_failed, "conduit_calls": self._outlet.calls}
+        return waiting | counts | asdict(self._batcher.tally)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What autoscaling looks at: the cost that waits here."""

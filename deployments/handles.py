@@ -8,7 +8,7 @@ what the far side raised is its `cause`.
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import ray
@@ -28,6 +28,9 @@ from ray.serve.exceptions import (
 from ray.serve.handle import DeploymentHandle
 
 from deployments.actors import LEDGER, NAMESPACE, UPSERTER, living, name_of
+from deployments.conduit import ConduitLost, Conduits
+from deployments.frames import carries
+from deployments.outlet import Address
 from serve.config import Settings
 from serve.errors import (
     DeadlineExceeded,
@@ -54,6 +57,8 @@ log = logging.getLogger("headrace.handles")
 
 LOOK_AGAIN_S = 0.1
 """Between two look-ups of an actor that is restarting."""
+
+ADDRESSES_S_MAX = 5.0
 
 
 def caused(error: RayTaskError) -> ServiceError:
@@ -180,11 +185,19 @@ class LedgerPort(Ledger, Queues):
 
 
 class EmbedderPort(Embedder):
-    """One pool's embedder deployment. A call whose replica dies is repeated once."""
+    """One pool's embedder deployment. A call whose replica dies or leaves is repeated once.
+
+    `run` opens conduits to its replicas; without them, calls take the deployment's handle.
+    """
 
     def __init__(self, handle: DeploymentHandle[Any], *, tokens_per_s_min: float) -> None:
         self._handle = handle
         self._tokens_per_s_min = tokens_per_s_min
+        self._conduits = Conduits(self._addresses, ray.get_runtime_context().get_node_id())
+
+    async def run(self) -> None:
+        """Follow the replicas until cancelled."""
+        await self._conduits.run()
 
     async def embed(self, call: EmbedCall) -> EmbedReply:
         """See Embedder. Bounded by the call's deadline and its work at the slowest pace."""
@@ -192,19 +205,29 @@ class EmbedderPort(Embedder):
         for last in (False, True):
             try:
                 async with asyncio.timeout(expires - time.monotonic()):
-                    return cast("EmbedReply", await self._once(call))
+                    return await self._once(call)
             except TimeoutError:
                 message = "The model did not answer before the deadline."
                 raise DeadlineExceeded(message, retry_after_s=2) from None
-            except RayActorError:
+            except (ConduitLost, RayActorError):
                 if last:
                     break
         raise ModelUnavailable("The model's replica died twice.", retry_after_s=5)
 
-    async def _once(self, call: EmbedCall) -> Any:
+    async def _once(self, call: EmbedCall) -> EmbedReply:
+        conduit = self._conduits.best() if carries(call) else None
+        if conduit is None:
+            return await self._by_handle(call)
+        try:
+            return await conduit.embed(call)
+        except ConduitLost:
+            self._conduits.lose(conduit)
+            raise
+
+    async def _by_handle(self, call: EmbedCall) -> EmbedReply:
         response = self._handle.embed.remote(call)
         try:
-            return await response
+            return cast("EmbedReply", await response)
         except asyncio.CancelledError:
             response.cancel()  # type: ignore[no-untyped-call]  # the caller left: the replica drops what still waits
             raise
@@ -217,9 +240,27 @@ class EmbedderPort(Embedder):
         except RequestCancelledError:
             raise ModelUnavailable("The call was cancelled.", retry_after_s=1) from None
 
+    async def _addresses(self) -> list[Address | None]:
+        """Of every replica that runs; one that cannot say is on its way out, or in."""
+        try:
+            told = await self._handle.broadcast("address").results_async(
+                timeout_s=ADDRESSES_S_MAX, return_exceptions=True
+            )
+        except (RayError, RequestCancelledError, DeploymentUnavailableError) as error:
+            raise ModelUnavailable(f"The replicas cannot be asked: {error}") from None
+        return [one for one in told if not isinstance(one, BaseException)]
+
     async def ready(self) -> bool:
         """See Embedder."""
         try:
             return cast("bool", await self._handle.ready.remote())
         except (RayError, RequestCancelledError, DeploymentUnavailableError):
             return False
+
+
+def embedder_ports(
+    handles: Mapping[str, DeploymentHandle[Any]], settings: Settings
+) -> dict[str, EmbedderPort]:
+    """One for each pool, by its name; whoever makes them runs them."""
+    pace = settings.ingress.tokens_per_s_min
+    return {name: EmbedderPort(one, tokens_per_s_min=pace) for name, one in handles.items()}

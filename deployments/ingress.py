@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from ray.serve import get_replica_context, ingress
 from ray.serve.handle import DeploymentHandle
 
-from deployments.handles import EmbedderPort, LedgerPort, UpserterPort
+from deployments.handles import LedgerPort, UpserterPort, embedder_ports
 from deployments.metrics import publish
 from deployments.quotas import open_quotas
 from deployments.stores import close_store, open_store
@@ -66,10 +66,7 @@ class Ingress:
 
         The workers are nobody's to call: they stand here so that Serve deploys them.
         """
-        pace = settings.ingress.tokens_per_s_min
-        self._embedders = {
-            name: EmbedderPort(handle, tokens_per_s_min=pace) for name, handle in embedders.items()
-        }
+        self._embedders = embedder_ports(embedders, settings)
         self._store = await asyncio.to_thread(open_store, settings)
         self._upserter = UpserterPort(settings)
         self._ready: tuple[float, dict[str, bool]] = (-READY_CACHE_S, {})
@@ -80,6 +77,7 @@ class Ingress:
             asyncio.create_task(self._quotas.run()),
             asyncio.create_task(self._feed.run()),
             asyncio.create_task(publish(self._quotas)),
+            *(asyncio.create_task(one.run()) for one in self._embedders.values()),
         ]
         self.service = self._wire(settings)
 

@@ -16,7 +16,7 @@ from typing import Any
 from ray.serve import get_replica_context
 from ray.serve.handle import DeploymentHandle
 
-from deployments.handles import EmbedderPort, UpserterPort
+from deployments.handles import UpserterPort, embedder_ports
 from deployments.quotas import open_quotas
 from deployments.stores import PostgresStore, close_store, open_store, tick
 from deployments.vaults import open_vault
@@ -46,10 +46,7 @@ class Worker:
         embedders: Mapping[str, DeploymentHandle[Any]],
     ) -> None:
         """`embedders` holds one handle per pool, by name; `settings.data_dir` is absolute."""
-        pace = settings.ingress.tokens_per_s_min
-        ports = {
-            name: EmbedderPort(handle, tokens_per_s_min=pace) for name, handle in embedders.items()
-        }
+        ports = embedder_ports(embedders, settings)
         store = self._store = await asyncio.to_thread(open_store, settings)
         replica = get_replica_context().replica_tag
         self._quotas = open_quotas(settings, store, replica, worker.replicas)
@@ -87,6 +84,7 @@ class Worker:
             asyncio.create_task(self._runner.run()),
             asyncio.create_task(self._sender.run()),
             asyncio.create_task(Tidy(store, blobs, settings.files, time.time).run()),
+            *(asyncio.create_task(port.run()) for port in ports.values()),
         ]
         if isinstance(store, PostgresStore):  # the Store's actor ticks by itself
             self._tasks.append(asyncio.create_task(tick(store, rules.tick_s)))

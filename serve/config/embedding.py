@@ -109,6 +109,12 @@ class Pool(Section):
     calls_max: int = Field(
         1024, ge=8, le=100_000, description="Calls a replica takes in at once (they wait inside)."
     )
+    conduits: Literal["node", "network", "off"] = Field(
+        "node",
+        description="Whether ingress and workers reach a replica by a connection of their own, which costs a "
+        "fiftieth of a handle call: on the same node only, over the network as well (not encrypted, a "
+        "secret is asked), or never.",
+    )
     graphs: str = Field(
         "graphs",
         min_length=1,
