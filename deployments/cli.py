@@ -30,6 +30,7 @@ from deployments.places import (
     NotRunning,
     PlaceError,
     check_port,
+    profiled,
 )
 from deployments.sources import SourceError
 from serve.config import Settings
@@ -39,12 +40,6 @@ from serve.errors import BadInput, ServiceError
 
 if TYPE_CHECKING:  # it brings the whole library
     from serve.flows.operators import MadeKey
-
-
-OPENED = (
-    "HAProxy listens on all interfaces with its metrics (9101), its statistics (8404) and the "
-    "replicas' ports (30000-31000): close them in a firewall, or use the default profile."
-)
 
 
 class Misused(click.ClickException):
@@ -112,16 +107,13 @@ def serve(
     file = DeployFile.read(config).with_port(port)
     check_port(file.host, file.port)
     folder = file.data_dir(data_dir)
-    with Claim.take(folder) as claim:
+    with Claim.take(folder) as claim, profiled(profile):
         began = time.monotonic()
-        os.environ.update(PROFILES[profile])
         os.environ[DATA_DIR] = str(folder)
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Ray nices its workers to 15: whatever else runs here would starve the model.
         os.environ.setdefault("RAY_worker_niceness", "0")
-        if profile == "fast":
-            click.secho(f"Warning: {OPENED}", fg="yellow", err=True)
         _announce_graphs(file.settings.under(folder))
         from deployments import local  # noqa: PLC0415  Ray reads its environment on import
 

@@ -325,10 +325,18 @@ def test_a_start_that_makes_a_graph_says_so_once(local, tmp_path, port, monkeypa
     assert "graph" not in start(tmp_path, port).stderr
 
 
-def test_the_fast_profile_warns_of_open_ports(local, tmp_path, port):
-    done = start(tmp_path, port, "--profile", "fast")
+def test_the_fast_profile_starts_haproxy_through_our_program(local, tmp_path, port):
+    assert start(tmp_path, port, "--profile", "fast").exit_code == 0
     assert local.environment["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
-    assert re.search("all interfaces .*9101.*8404.*30000-31000", done.stderr)
+    program = Path(local.environment["RAY_SERVE_HAPROXY_BINARY_PATH"])
+    assert not program.parent.exists()  # its folder is gone with the service
+
+
+def test_the_fast_profile_without_haproxy_is_one_line(local, tmp_path, port, monkeypatch):
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_BINARY_PATH", "/nowhere")
+    done = start(tmp_path, port, "--profile", "fast")
+    assert (done.exit_code, local.events) == (1, [])
+    assert "cannot start HAProxy: RAY_SERVE_HAPROXY_BINARY_PATH='/nowhere'" in done.stderr
 
 
 def test_an_application_that_fails_ends_with_1_and_stops(local, tmp_path, port):
