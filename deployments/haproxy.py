@@ -51,7 +51,7 @@ def placed() -> Iterator[Mapping[str, str]]:
     there is no HAProxy, or programs under /tmp may not run.
     """
     binary = _binary()
-    with tempfile.TemporaryDirectory(prefix="hr-", dir="/tmp") as name:  # noqa: S108  see above
+    with tempfile.TemporaryDirectory(prefix="hr-", dir="/tmp") as name:
         folder = Path(name)
         program = folder / PLACES[PROGRAM]
         command = shlex.join([sys.executable, "-I", "-S", __file__, binary])
@@ -83,7 +83,9 @@ def confined(config: str) -> str:
         if section in PAGES:
             continue
         if words and words[0] == "bind" and section not in SERVICE:
-            raise ValueError(f"unknown part of the configuration listens: {section}: {line.strip()}")
+            raise ValueError(
+                f"unknown part of the configuration listens: {section}: {line.strip()}"
+            )
         kept.append(line)
     return "".join(kept)
 

@@ -43,9 +43,11 @@ def test_only_the_service_listens():
     kept = haproxy.confined(CONFIG)
     assert binds(kept) == ["bind 127.0.0.1:8000"]
     gone = set(CONFIG.splitlines()) - set(kept.splitlines())
-    assert {line.split()[0] for line in gone} == {*("frontend", "listen"), "bind", "http-request"} | {
-        *("no", "stats")
-    }
+    assert {line.split()[0] for line in gone} == {
+        *("frontend", "listen"),
+        "bind",
+        "http-request",
+    } | {*("no", "stats")}
     assert "    default_backend default_backend\n" in kept
     assert haproxy.confined(kept) == kept
 
@@ -56,7 +58,7 @@ def test_what_we_do_not_know_may_not_listen(section):
         haproxy.confined(f"{CONFIG}{section}\n  bind *:1\n")
 
 
-async def test_rays_own_configuration_is_confined_and_haproxy_takes_it(tmp_path):
+def test_rays_own_configuration_is_confined_and_haproxy_takes_it(tmp_path):
     path = tmp_path / "haproxy.cfg"
     options = HTTPOptions(host="127.0.0.1", port=8000)
     places = {name: str(tmp_path / name) for name in ("socket_path", "metrics_socket_path")}
