@@ -134,6 +134,14 @@ def check_port(host: str, port: int) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class RayOptions:
+    """How Ray is started: in its own folder of files when `temp_dir` is None."""
+
+    temp_dir: Path | None
+    dashboard: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Cluster:
     """A running local cluster: Ray's address, the process that holds it, the service's URL, and
     Ray's authentication mode, which a process must have in its environment to connect.
