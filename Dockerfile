@@ -38,7 +38,7 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=120s \
     CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/health/ready', timeout=4)"]
 # config.yaml listens on 127.0.0.1: use --network host, or mount one whose http_options.host is 0.0.0.0.
 # Logs are kept: no keys in them. `headrace keys create` makes one.
-CMD ["headrace", "serve", "--no-demo-keys"]
+CMD ["headrace", "serve", "--no-demo-keys", "--profile", "fast"]
 
 FROM runtime-cpu AS runtime-cuda
 # What the NVIDIA container runtime reads; CUDA's libraries come with torch.

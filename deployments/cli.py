@@ -20,7 +20,7 @@ from rich.console import Console
 from deployments.cli_documents import ingest, search
 from deployments.cli_operators import audit, keys, tenants
 from deployments.cli_operators import demo_keys as make_demo_keys
-from deployments.cli_options import CONFIG, FOLDER
+from deployments.cli_options import CONFIG, FOLDER, ray_options
 from deployments.client import Problem, Unreachable
 from deployments.places import (
     DATA_DIR,
@@ -29,7 +29,9 @@ from deployments.places import (
     DeployFile,
     NotRunning,
     PlaceError,
+    RayOptions,
     check_port,
+    profiled,
 )
 from deployments.sources import SourceError
 from serve.config import Settings
@@ -39,12 +41,6 @@ from serve.errors import BadInput, ServiceError
 
 if TYPE_CHECKING:  # it brings the whole library
     from serve.flows.operators import MadeKey
-
-
-OPENED = (
-    "HAProxy listens on all interfaces with its metrics (9101), its statistics (8404) and the "
-    "replicas' ports (30000-31000): close them in a firewall, or use the default profile."
-)
 
 
 class Misused(click.ClickException):
@@ -93,9 +89,7 @@ for command in (ingest, search, keys, tenants, audit):
 @FOLDER
 @click.option("--profile", type=click.Choice(list(PROFILES)), default="default", show_default=True)
 @click.option("--port", type=click.IntRange(1, 65535), help="HTTP port; default: as in the file.")
-@click.option(
-    "--ray-temp-dir", type=click.Path(path_type=Path), help="Ray's temporary folder (short!)."
-)
+@ray_options
 @click.option("--demo-keys/--no-demo-keys", default=True, help="Make keys for an empty Store.")
 @click.option("--timeout", default=300.0, show_default=True, help="Seconds until it must be ready.")
 def serve(
@@ -104,7 +98,7 @@ def serve(
     profile: str,
     *,
     port: int | None,
-    ray_temp_dir: Path | None,
+    ray: RayOptions,
     demo_keys: bool,
     timeout: float,
 ) -> None:
@@ -112,23 +106,20 @@ def serve(
     file = DeployFile.read(config).with_port(port)
     check_port(file.host, file.port)
     folder = file.data_dir(data_dir)
-    with Claim.take(folder) as claim:
+    with Claim.take(folder) as claim, profiled(profile):
         began = time.monotonic()
-        os.environ.update(PROFILES[profile])
         os.environ[DATA_DIR] = str(folder)
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Ray nices its workers to 15: whatever else runs here would starve the model.
         os.environ.setdefault("RAY_worker_niceness", "0")
-        if profile == "fast":
-            click.secho(f"Warning: {OPENED}", fg="yellow", err=True)
         _announce_graphs(file.settings.under(folder))
         from deployments import local  # noqa: PLC0415  Ray reads its environment on import
 
         console = Console(stderr=True)
         with (
             console.status("starting Ray") as status,
-            local.running(file, claim, temp_dir=ray_temp_dir) as dashboard,
+            local.running(file, claim, ray) as dashboard,
         ):
             local.wait_ready(file, timeout, lambda text: status.update(f"starting: {text}"))
             status.stop()
@@ -138,7 +129,9 @@ def serve(
                 tiers = _demo_tiers(file.settings)
                 made = asyncio.run(make_demo_keys(local.operators(file.settings), tiers))
             _welcome(file, folder, made)
-            click.echo(f"\nRay's dashboard: {dashboard} {_token()}\nCtrl-C stops everything.")
+            if ray.dashboard:
+                click.echo(f"\nRay's dashboard: {dashboard} {_token()}")
+            click.echo("\nCtrl-C stops everything.")
             _until_interrupted()
             click.echo("Stopping ...")
 

@@ -1,13 +1,15 @@
 """What several commands of the command line share: options, and the way to a cluster."""
 
+import functools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from deployments.places import DATA_DIR, DeployFile, find_cluster
+from deployments.places import DATA_DIR, DeployFile, RayOptions, find_cluster
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -37,6 +39,25 @@ ADDRESS = click.option(
     help="Ray address; default: the cluster over the data folder.",
 )
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def ray_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options of Ray, as its parameter `ray`."""
+
+    @click.option(
+        "--ray-temp-dir", type=click.Path(path_type=Path), help="Ray's temporary folder (short!)."
+    )
+    @click.option(
+        "--dashboard/--no-dashboard",
+        default=True,
+        show_default=True,
+        help="Ray's dashboard, and what comes with it: `ray list`, `serve deploy`, Prometheus' targets.",
+    )
+    @functools.wraps(command)
+    def packed(*, ray_temp_dir: Path | None, dashboard: bool, **others: Any) -> None:
+        command(ray=RayOptions(ray_temp_dir, dashboard), **others)
+
+    return packed
 
 
 def cluster(file: DeployFile, address: str | None, data_dir: str | None) -> tuple[Any, str]:

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from serve.api.app import create_app
 from serve.api.service import Service
 from serve.config import Settings
 from serve.content.blobs import LocalBlobs
-from serve.errors import ServiceError
+from serve.errors import IndexUnavailable, ServiceError
 from serve.flows.batch import BatchFlow
 from serve.flows.collections import CollectionFlow
 from serve.flows.context import Context
@@ -41,6 +42,7 @@ from serve.index.lancedb import LanceIndex
 
 READY_TIMEOUT_S = 2.0
 READY_CACHE_S = 1.0
+"""How long an answer counts; one that something is not ready for a fifth of it."""
 
 
 def make_app() -> FastAPI:
@@ -79,9 +81,11 @@ class Ingress:
             asyncio.create_task(publish(self._quotas)),
             *(asyncio.create_task(one.run()) for one in self._embedders.values()),
         ]
-        self.service = self._wire(settings)
+        index = LanceIndex(str(Path(settings.data_dir) / settings.index.uri), settings.index)
+        self._tasks.append(asyncio.create_task(self._warm(index)))
+        self.service = self._wire(settings, index)
 
-    def _wire(self, settings: Settings) -> Service:
+    def _wire(self, settings: Settings, index: LanceIndex) -> Service:
         context = Context(
             settings,
             Models.open(settings, self._embedders),
@@ -90,7 +94,6 @@ class Ingress:
             time.monotonic,
             time.time,
         )
-        index = LanceIndex(str(Path(settings.data_dir) / settings.index.uri), settings.index)
         embed = EmbedFlow(context)
         collections = CollectionFlow(context, self._store, self._upserter)
         queues = LedgerPort(settings)
@@ -114,6 +117,13 @@ class Ingress:
             self.ready,
         )
 
+    async def _warm(self, index: LanceIndex) -> None:
+        """Load what only searches need once all else is ready, or the first of them would wait."""
+        while not all((await self.ready()).values()):  # noqa: ASYNC110  nobody tells it
+            await asyncio.sleep(READY_CACHE_S)
+        with suppress(IndexUnavailable):  # a search will try again
+            await index.open()
+
     async def check_health(self) -> None:
         """Serve replaces the replica when this raises."""
         for task in self._tasks:
@@ -131,7 +141,7 @@ class Ingress:
     async def ready(self) -> dict[str, bool]:
         """Part by part; asked at most once a second, however often the probes come."""
         at, parts = self._ready
-        if time.monotonic() - at >= READY_CACHE_S:
+        if time.monotonic() - at >= (READY_CACHE_S if all(parts.values()) else READY_CACHE_S / 5):
             names = ["store", "upserter", *(f"embedder-{name}" for name in self._embedders)]
             answers = await asyncio.gather(
                 _usable(self._store.ready(READY_TIMEOUT_S)),

@@ -23,29 +23,36 @@ from ray.serve.scripts import cli as serve_command
 
 from deployments.actors import LEDGER, NAMESPACE, STORE, UPSERTER, living, retire
 from deployments.client import ready
-from deployments.places import Claim, Cluster, DeployFile, NotRunning, StartFailed
+from deployments.places import (
+    Claim,
+    Cluster,
+    DeployFile,
+    NotRunning,
+    RayOptions,
+    StartFailed,
+)
 from deployments.stores import open_store
 from serve.config import Settings
 from serve.flows.operators import OperatorFlow
 
 
-LOOK_EVERY_S = 0.5
+LOOK_EVERY_S = 0.25
 """Between two looks at a service that is starting."""
 
 BROKEN = frozenset({ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY})
 
 
 @contextmanager
-def running(file: DeployFile, claim: Claim, *, temp_dir: Path | None) -> Iterator[str]:
+def running(file: DeployFile, claim: Claim, options: RayOptions) -> Iterator[str]:
     """A cluster with the application submitted to it; everything is gone afterwards.
 
-    Yields the dashboard's URL. SIGTERM arrives as KeyboardInterrupt. Raises StartFailed.
+    Yields the URL of the dashboard, if there is one. SIGTERM arrives as KeyboardInterrupt. Raises StartFailed.
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # a background job has SIGINT ignored
         signal.signal(number, _interrupt)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
-        dashboard = _start(file, temp_dir)
+        dashboard = _start(file, options)
         signal.signal(signal.SIGTERM, _interrupt)  # Ray has put its own in between
         address = ray.get_runtime_context().gcs_address
         auth = os.environ.get("RAY_AUTH_MODE", "")  # Ray has set it when nobody else had
@@ -100,7 +107,7 @@ def operators(settings: Settings) -> OperatorFlow:
     return OperatorFlow(settings, store, store, time.time)
 
 
-def _start(file: DeployFile, temp_dir: Path | None) -> str:
+def _start(file: DeployFile, options: RayOptions) -> str:
     """Logical CPUs are book-keeping: twice the need, so that a redeploy finds room."""
     need = sum(pool.replicas * pool.cpus for pool in file.settings.pools)
     try:
@@ -108,11 +115,11 @@ def _start(file: DeployFile, temp_dir: Path | None) -> str:
             address="local",
             num_cpus=2 * math.ceil(need),
             namespace=NAMESPACE,
-            include_dashboard=True,
+            include_dashboard=options.dashboard,
             dashboard_host="127.0.0.1",
             log_to_driver=False,
             logging_level=logging.ERROR,
-            _temp_dir=None if temp_dir is None else str(temp_dir.resolve()),
+            _temp_dir=None if options.temp_dir is None else str(options.temp_dir.resolve()),
         )
     except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
         raise StartFailed(f"Ray did not start: {error}") from None

@@ -5,7 +5,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -13,6 +13,7 @@ from typing import Any, Self
 import yaml
 from pydantic import ValidationError
 
+from deployments import haproxy
 from serve.config import Settings
 
 
@@ -41,6 +42,21 @@ class NotRunning(PlaceError):
 
 class StartFailed(PlaceError):
     """The cluster or the application did not start."""
+
+
+@contextmanager
+def profiled(name: str) -> Iterator[None]:
+    """Set the environment of a profile, before Ray is imported; what it needs on disk lies there until
+    the end. Raises PlaceError when `fast` has no HAProxy that it can start.
+    """
+    os.environ.update(PROFILES[name])
+    with ExitStack() as stack:
+        if name == "fast":
+            try:
+                os.environ.update(stack.enter_context(haproxy.placed()))
+            except (ImportError, OSError) as error:
+                raise PlaceError(f"the profile fast cannot start HAProxy: {error}") from None
+        yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +131,14 @@ def check_port(host: str, port: int) -> None:
         except OSError as error:
             reason = os.strerror(error.errno or 0).lower()
             raise PlaceError(f"{host}:{port}: {reason}; choose another with --port") from None
+
+
+@dataclass(frozen=True, slots=True)
+class RayOptions:
+    """How Ray is started: in its own folder of files when `temp_dir` is None."""
+
+    temp_dir: Path | None
+    dashboard: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -12,9 +12,11 @@ from deployments.stores import tick
 from serve.config import Settings
 from serve.errors import Internal
 from serve.job_ports import Deliveries, Events, Files, Handover, Jobs, Queue, Webhooks
-from serve.jobs.owner import StoreOwner
 from serve.ports import Collections, Fence, Keys, Tenants, Usage
 
+
+if TYPE_CHECKING:
+    from serve.jobs.owner import StoreOwner
 
 PORTS = (
     *(Keys, Tenants, Usage, Collections, Fence),
@@ -31,17 +33,8 @@ class StoreActor:
     async def __init__(self, settings: Settings, _deploy_seq: int) -> None:  # type: ignore[misc]
         """Open the file, waiting for a predecessor's lock. `settings.data_dir` is absolute."""
         self._leaving = False
-        path = Path(settings.data_dir) / settings.store.path
         async with starting(STORE, settings):
-            self._owner = await asyncio.to_thread(
-                StoreOwner,
-                path,
-                settings.store,
-                time.time,
-                collections_max=settings.limits.collections_max,
-                jobs=settings.jobs,
-                shares=settings.admission.shares,
-            )
+            self._owner = await asyncio.to_thread(_open, settings)
         self._ticking = asyncio.create_task(tick(self._owner, settings.jobs.tick_s))
         self._watch = asyncio.create_task(
             watch(self._state, self.retire, grace_s=settings.actors.orphan_grace_s)
@@ -70,3 +63,17 @@ class StoreActor:
             await asyncio.to_thread(self._owner.close)
         finally:
             leave()
+
+
+def _open(settings: Settings) -> "StoreOwner":
+    # Here: SQL takes 0.4 s of a core, and who builds the application imports this module.
+    from serve.jobs.owner import StoreOwner  # noqa: PLC0415
+
+    return StoreOwner(
+        Path(settings.data_dir) / settings.store.path,
+        settings.store,
+        time.time,
+        collections_max=settings.limits.collections_max,
+        jobs=settings.jobs,
+        shares=settings.admission.shares,
+    )

@@ -3,7 +3,7 @@
 from typing import Any, cast
 
 from deployments.actors import STORE
-from deployments.handles import Named
+from deployments.named import Named
 from serve.config import Settings
 from serve.errors import StoreUnavailable
 

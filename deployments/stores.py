@@ -3,27 +3,20 @@
 import asyncio
 import logging
 import os
+from typing import TYPE_CHECKING, TypeAlias
 
 from deployments.store_port import StorePort
 from serve.config import Settings
 from serve.errors import ServiceError
-from serve.jobs.owner import StoreOwner
 
+
+if TYPE_CHECKING:
+    from deployments.postgres import PostgresStore
+    from serve.jobs.owner import StoreOwner
 
 log = logging.getLogger("headrace.store")
 
-
-class PostgresStore(StoreOwner):
-    """The Store over Postgres, in any process. Its clock is the database's."""
-
-    async def ready(self, timeout_s: float) -> bool:
-        """Whether it answers."""
-        async with asyncio.timeout(timeout_s):
-            await self.list_tenants("", 1)
-        return True
-
-
-Store = StorePort | PostgresStore
+Store: TypeAlias = "StorePort | PostgresStore"
 
 
 def on_postgres(settings: Settings) -> bool:
@@ -42,17 +35,12 @@ def open_store(settings: Settings) -> Store:
     url = os.environ.get(name)
     if not url:
         raise RuntimeError(f"store.url_env: the environment variable {name} is not set")
-    return PostgresStore(
-        url,
-        settings.store,
-        None,
-        collections_max=settings.limits.collections_max,
-        jobs=settings.jobs,
-        shares=settings.admission.shares,
-    )
+    from deployments.postgres import PostgresStore  # noqa: PLC0415  SQL, which few processes need
+
+    return PostgresStore.connect(url, settings)
 
 
-async def tick(store: StoreOwner, every_s: float) -> None:
+async def tick(store: "StoreOwner", every_s: float) -> None:
     """Let a Store look for what is due; one that cannot commit now is asked again."""
     while True:
         await asyncio.sleep(every_s)
@@ -64,5 +52,5 @@ async def tick(store: StoreOwner, every_s: float) -> None:
 
 async def close_store(store: Store) -> None:
     """Disconnect, where there is something to disconnect."""
-    if isinstance(store, PostgresStore):
+    if not isinstance(store, StorePort):
         await asyncio.to_thread(store.close)

@@ -4,6 +4,7 @@ import asyncio
 import random
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import ray
@@ -19,7 +20,7 @@ from deployments.actors import (
 )
 from deployments.stores import Store, close_store, open_store
 from serve.config import Settings
-from serve.errors import Overloaded, StoreUnavailable
+from serve.errors import IndexUnavailable, Overloaded, StoreUnavailable
 from serve.index.lancedb import LanceIndex
 from serve.index.writer import Writer
 from serve.records import CollectionSpec, Outcome, Write
@@ -39,8 +40,8 @@ class UpserterActor:
         self._leaving = False
         async with starting(UPSERTER, settings):
             store = self._store = await asyncio.to_thread(open_store, settings)
-            epoch = await _take_epoch(store, deploy_seq, settings)
             index = LanceIndex(str(Path(settings.data_dir) / settings.index.uri), settings.index)
+            epoch, _ = await asyncio.gather(_take_epoch(store, deploy_seq, settings), _open(index))
             for gone in await store.deleted_collections():
                 await index.drop(gone.uuid)
                 await store.purge_collection(gone.uuid)
@@ -95,6 +96,12 @@ class UpserterActor:
             await close_store(self._store)
         finally:
             leave()
+
+
+async def _open(index: LanceIndex) -> None:
+    """Load what the index needs, beside the wait for the Store."""
+    with suppress(IndexUnavailable):  # it may come back: until then whoever writes is told so
+        await index.open()
 
 
 async def _take_epoch(store: Store, deploy_seq: int, settings: Settings) -> int:

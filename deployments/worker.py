@@ -18,7 +18,8 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.handles import UpserterPort, embedder_ports
 from deployments.quotas import open_quotas
-from deployments.stores import PostgresStore, close_store, open_store, tick
+from deployments.store_port import StorePort
+from deployments.stores import close_store, open_store, tick
 from deployments.vaults import open_vault
 from serve import config
 from serve.config import Settings
@@ -86,7 +87,7 @@ class Worker:
             asyncio.create_task(Tidy(store, blobs, settings.files, time.time).run()),
             *(asyncio.create_task(port.run()) for port in ports.values()),
         ]
-        if isinstance(store, PostgresStore):  # the Store's actor ticks by itself
+        if not isinstance(store, StorePort):  # the Store's actor ticks by itself
             self._tasks.append(asyncio.create_task(tick(store, rules.tick_s)))
 
     async def check_health(self) -> None:

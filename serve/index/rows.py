@@ -1,21 +1,29 @@
-"""Records as rows of a Lance table, and back. The table's columns are defined here only."""
+"""Records as rows of a Lance table, and back. The table's columns are defined here only.
+
+pyarrow is imported by who opened the database: see `serve.index.lancedb`.
+"""
 
 import json
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 
 from serve.index.terms import encode
 from serve.records import Record, stack
 
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 COLUMNS = ("id", "document", "generation", "ordinal", "vector", "text", "start", "end", "metadata")
 """What makes a record; `terms` is there for filters only."""
 
 
-def schema_of(dimensions: int) -> pa.Schema:
+def schema_of(dimensions: int) -> "pa.Schema":
     """The table's schema: vectors are fixed-size lists of float32."""
+    import pyarrow as pa  # noqa: PLC0415
+
     text, integer = pa.string(), pa.int64()
     kinds = {
         "id": text,
@@ -32,8 +40,10 @@ def schema_of(dimensions: int) -> pa.Schema:
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in kinds.items()])
 
 
-def to_arrow(records: Sequence[Record], dimensions: int) -> pa.Table:
+def to_arrow(records: Sequence[Record], dimensions: int) -> "pa.Table":
     """Records that passed `checks.refuse`. Raises ValueError for what is not JSON."""
+    import pyarrow as pa  # noqa: PLC0415
+
     rows = pa.array(stack([record.vector for record in records], dimensions).ravel())
     columns = {
         "id": [record.id for record in records],
@@ -50,7 +60,7 @@ def to_arrow(records: Sequence[Record], dimensions: int) -> pa.Table:
     return pa.table(columns, schema=schema_of(dimensions))
 
 
-def from_arrow(found: pa.Table) -> list[Record]:
+def from_arrow(found: "pa.Table") -> list[Record]:
     """The records of a result, in its order."""
     if not found.num_rows:
         return []

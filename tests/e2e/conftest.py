@@ -44,7 +44,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(data_dir: Path) -> Served:
+def start(data_dir: Path, *options: str) -> Served:
     """A service over a data folder; the graphs of models are shared, since one takes a minute."""
     graphs = data_dir / "graphs"
     if not graphs.is_symlink():
@@ -63,6 +63,7 @@ def start(data_dir: Path) -> Served:
                 f"--port={port}",
                 f"--ray-temp-dir={temp_dir}",
                 f"--timeout={START_S_MAX}",
+                *options,
             ],
             cwd=ROOT,
             stdout=output_file,
@@ -92,6 +93,26 @@ def stop(served: Served) -> int:
         if served.process.poll() is None:
             os.killpg(served.process.pid, signal.SIGKILL)
         shutil.rmtree(served.temp_dir, ignore_errors=True)
+
+
+def descendants(root: int) -> dict[int, str]:
+    """Every living process below this one, with its command line."""
+    children: dict[int, list[int]] = {}
+    titles: dict[int, str] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            stat = (folder / "stat").read_text()
+            titles[int(folder.name)] = (folder / "cmdline").read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        children.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(int(folder.name))
+    found: dict[int, str] = {}
+    waiting = [root]
+    while waiting:
+        for pid in children.get(waiting.pop(), []):
+            found[pid] = titles.get(pid, "")
+            waiting.append(pid)
+    return found
 
 
 @pytest.fixture(scope="package")

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.conftest import Served, start, stop
+from tests.e2e.conftest import Served, descendants, start, stop
 
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(7200)]
@@ -36,26 +36,6 @@ ROLES = {
 PAUSE_S = (0.5, 6.0)
 QUIET_S_MAX = 300
 """Without any progress for so long, something is stuck."""
-
-
-def descendants(root: int) -> dict[int, str]:
-    """Every living process below this one, with its command line."""
-    children: dict[int, list[int]] = {}
-    titles: dict[int, str] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            stat = (folder / "stat").read_text()
-            titles[int(folder.name)] = (folder / "cmdline").read_bytes().decode(errors="replace")
-        except OSError:
-            continue
-        children.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(int(folder.name))
-    found: dict[int, str] = {}
-    waiting = [root]
-    while waiting:
-        for pid in children.get(waiting.pop(), []):
-            found[pid] = titles.get(pid, "")
-            waiting.append(pid)
-    return found
 
 
 @dataclass

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import ray.exceptions
+from ray.serve._private.common import DeploymentID, ReplicaID
 
 from deployments import actors, upserter
 from deployments import store as store_module
@@ -14,7 +15,7 @@ from deployments.actors import STORE, State, name_of, starting, watch
 from deployments.store import StoreActor
 from deployments.upserter import UpserterActor
 from serve.config import Settings
-from serve.errors import Fenced, Internal, Overloaded, StoreUnavailable
+from serve.errors import Fenced, IndexUnavailable, Internal, Overloaded, StoreUnavailable
 from serve.index.errors import IndexOffline
 from serve.records import Collection
 
@@ -30,10 +31,13 @@ def asked(monkeypatch):
     def end(code: int) -> None:
         raise Exited(code)
 
-    answers = SimpleNamespace(restarted=True, living=[], application=lambda: True)
+    answers = SimpleNamespace(
+        restarted=True, living=[], ingress=lambda: False, application=lambda: True
+    )
     monkeypatch.setattr(actors.os, "_exit", end)
     monkeypatch.setattr(actors, "_restarted", lambda: answers.restarted)
     monkeypatch.setattr(actors, "living", lambda _role: answers.living)
+    monkeypatch.setattr(actors, "ingress_lives", lambda: answers.ingress())  # noqa: PLW0108  tests change it
     monkeypatch.setattr(actors, "application_lives", lambda: answers.application())  # noqa: PLW0108  tests change it
     for name in ("RESTART_S", "LOOK_EVERY_S", "START_S_MAX"):
         monkeypatch.setattr(actors, name, 0)
@@ -141,6 +145,52 @@ async def test_an_actor_without_its_application_leaves_after_the_grace(asked):
     await actor.watch(grace_s=-1)
     assert actor.retired == 1
     assert len(looks) >= 3
+
+
+async def test_the_controller_is_not_asked_while_a_replica_of_the_ingress_is_seen(asked):
+    actor, looks = Looked(), []
+
+    def seen() -> bool:
+        looks.append(True)
+        actor.state = "leaving" if len(looks) > 3 else "works"
+        return True
+
+    asked.ingress, asked.application = seen, lambda: pytest.fail("asked")
+    await actor.watch(grace_s=-1)
+    assert actor.retired == 0
+
+
+async def test_the_controller_is_not_asked_while_the_application_may_still_be_starting(
+    asked, monkeypatch
+):
+    monkeypatch.setattr(actors, "START_S_MAX", 1e9)
+    actor, looks = Looked(), []
+
+    def unseen() -> bool:
+        looks.append(True)
+        actor.state = "leaving" if len(looks) > 3 else "works"
+        return False
+
+    asked.ingress, asked.application = unseen, lambda: pytest.fail("asked")
+    await actor.watch(grace_s=-1)
+    assert actor.retired == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "lives"),
+    [
+        (ReplicaID("x1y2", DeploymentID("ingress", "headrace")).to_full_id_str(), True),
+        ("SERVE_REPLICA::other name#ingress#x1y2", True),
+        ("SERVE_REPLICA::headrace#ingress-2#x1y2", False),
+        ("SERVE_REPLICA::headrace#embedder-default#x1y2", False),
+        ("store-0.1.0-1a2b3c4d", False),
+    ],
+)
+def test_a_replica_of_the_ingress_is_known_by_its_name(name, lives, monkeypatch):
+    monkeypatch.undo()
+    named = [{"name": "SERVE_CONTROLLER_ACTOR", "namespace": "serve"}, {"name": name}]
+    monkeypatch.setattr(actors.ray.util, "list_named_actors", lambda **_: named)
+    assert actors.ingress_lives() is lives
 
 
 async def test_an_actor_looks_after_itself_while_the_controller_hangs(asked, monkeypatch):
@@ -260,6 +310,9 @@ class Offline:
 
     def __init__(self, *_args: Any) -> None: ...
 
+    async def open(self) -> None:
+        raise IndexUnavailable("no index")
+
     async def drop(self, _ns: str) -> None:
         raise IndexOffline("no drop")
 
@@ -277,7 +330,7 @@ GONE = Collection("c1", "ann", "notes", "m", "r", 8, 0.0)
         ({"open_store": no_database}, "no database"),
         ({"open_store": lambda _: Fence(Internal("no epoch"))}, "no epoch"),
         ({"LanceIndex": Offline}, "no drop"),
-        ({"LanceIndex": lambda *_: SimpleNamespace(drop=unwatched)}, "no purge"),
+        ({"LanceIndex": lambda *_: SimpleNamespace(drop=unwatched, open=unwatched)}, "no purge"),
     ],
 )
 async def test_an_upserter_that_cannot_start_again_is_restarted_once_more(

@@ -21,7 +21,7 @@ from click.testing import CliRunner, Result
 import deployments
 from deployments import cli, cli_documents, cli_operators
 from deployments.client import Client
-from deployments.places import Claim, Cluster, NotRunning, StartFailed
+from deployments.places import Claim, Cluster, NotRunning, RayOptions, StartFailed
 from serve.config import Store
 from serve.errors import StoreUnavailable
 from serve.flows.operators import OperatorFlow
@@ -211,14 +211,16 @@ class Local:
         self.events: list[str] = []
         self.environment: dict[str, str] = {}
         self.port = 0
+        self.dashboard = False
         self.owner = owner
         self.broken: Exception | None = None
 
     @contextmanager
-    def running(self, file: Any, claim: Claim, *, temp_dir: Path | None) -> Iterator[str]:
+    def running(self, file: Any, claim: Claim, options: RayOptions) -> Iterator[str]:
         self.environment = dict(os.environ)
         self.port = file.port
-        self.events.append(f"start in {temp_dir}")
+        self.events.append(f"start in {options.temp_dir}")
+        self.dashboard = options.dashboard
         claim.announce(Cluster("127.0.0.1:1", os.getpid(), file.url, "token"))
         try:
             yield "http://127.0.0.1:8265"
@@ -281,7 +283,15 @@ def test_serve_starts_waits_and_stops(local, tmp_path, port):
     assert local.environment["RAY_USAGE_STATS_ENABLED"] == "0"
     assert "RAY_SERVE_ENABLE_HA_PROXY" not in local.environment
     assert list(tmp_path.iterdir()) == []
+    assert local.dashboard
     assert "http://127.0.0.1:8265" in done.stdout
+
+
+def test_rays_dashboard_can_be_left_out(local, tmp_path, port):
+    done = start(tmp_path, port, "--no-dashboard")
+    assert not local.dashboard
+    assert "8265" not in done.stdout
+    assert "Ctrl-C stops everything." in done.stdout
 
 
 def test_the_first_start_shows_keys_once_and_what_to_try(local, tmp_path, port):
@@ -325,10 +335,18 @@ def test_a_start_that_makes_a_graph_says_so_once(local, tmp_path, port, monkeypa
     assert "graph" not in start(tmp_path, port).stderr
 
 
-def test_the_fast_profile_warns_of_open_ports(local, tmp_path, port):
-    done = start(tmp_path, port, "--profile", "fast")
+def test_the_fast_profile_starts_haproxy_through_our_program(local, tmp_path, port):
+    assert start(tmp_path, port, "--profile", "fast").exit_code == 0
     assert local.environment["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
-    assert re.search("all interfaces .*9101.*8404.*30000-31000", done.stderr)
+    program = Path(local.environment["RAY_SERVE_HAPROXY_BINARY_PATH"])
+    assert not program.parent.exists()  # its folder is gone with the service
+
+
+def test_the_fast_profile_without_haproxy_is_one_line(local, tmp_path, port, monkeypatch):
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_BINARY_PATH", "/nowhere")
+    done = start(tmp_path, port, "--profile", "fast")
+    assert (done.exit_code, local.events) == (1, [])
+    assert "cannot start HAProxy: RAY_SERVE_HAPROXY_BINARY_PATH='/nowhere'" in done.stderr
 
 
 def test_an_application_that_fails_ends_with_1_and_stops(local, tmp_path, port):

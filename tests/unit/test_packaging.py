@@ -14,6 +14,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 HEAVY = ("ray", "torch", "onnxruntime", "pinecone", "sentence_transformers", "lancedb", "pyarrow")
 
+LATE = ("sqlalchemy", *HEAVY[1:])
+"""What processes import in their constructors, when they import it at all."""
+
 
 def _python(code: str, cwd: Path, path: Path) -> str:
     done = subprocess.run(
@@ -64,6 +67,20 @@ def test_both_packages_import_from_the_wheel_and_serve_is_not_rays(wheel, tmp_pa
 def test_the_api_is_light(tmp_path):
     """Routes can be tested and documented without a cluster, a model or an index."""
     code = f"import serve.api.app, sys; print([m for m in {HEAVY} if m in sys.modules])"
+    assert _python(code, tmp_path, ROOT) == "[]"
+
+
+@pytest.mark.parametrize(
+    ("modules", "without"),
+    [
+        ("deployments.ledger, deployments.upserter, deployments.store", ("ray.serve", *LATE)),
+        ("deployments.app", LATE),
+        ("deployments.local", LATE),
+    ],
+)
+def test_a_process_that_starts_imports_only_what_it_needs(modules, without, tmp_path):
+    """Each of these costs a core half a second and more, in up to nine processes beside each other."""
+    code = f"import {modules}, sys; print([m for m in {without} if m in sys.modules])"
     assert _python(code, tmp_path, ROOT) == "[]"
 
 

@@ -1,9 +1,9 @@
-"""deployments.handles: Ray's errors become ours."""
+"""deployments.named: Ray's errors become ours."""
 
 import pytest
 from ray.exceptions import RayTaskError
 
-from deployments.handles import caused
+from deployments.named import caused
 from serve.errors import Internal, Overloaded
 
 
