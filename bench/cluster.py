@@ -23,7 +23,7 @@ from deployments.app import compose
 from deployments.embedder import Embedder
 from serve import config
 from serve.config import Settings
-from serve.embedding.packing import Pace, plan
+from serve.embedding.packing import plan
 from serve.embedding.pool import Pool
 from serve.flows.batching import Batcher
 from serve.flows.pending import Slice
@@ -156,9 +156,11 @@ class ServeBatch:
         tokens = [count for call in calls for count in call.tokens]
         engine = self._pool.engine(calls[0].model)
         rows = np.zeros((len(inputs), engine.dimensions), np.float32)
+        profile = self._pool.profile(calls[0].model)
+        assert profile is not None, "the pool is loaded"
         groups = plan(
             tokens,
-            overhead=Pace.fit(self._pool.warm_times(calls[0].model)).overhead,
+            overhead=profile.pace.overhead,
             tokens_max=self._budget.tokens_max,
             items_max=self._budget.items_max,
         )

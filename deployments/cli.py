@@ -146,7 +146,8 @@ def _announce_graphs(settings: Settings) -> None:
     for pool in settings.pools:
         folder = Path(pool.graphs)
         for model in pool.models:
-            if model.engine == "onnx" and Graphs(folder).find(model) is None:
+            missing = model.engine == "onnx" and Graphs(folder).find(model) is None
+            if missing and model.pinned:  # the graphs of others are made at their first call
                 click.echo(
                     f"Making an ONNX graph of {model.id}, once: this start takes up to a minute "
                     f"longer. It is kept in {folder}.",

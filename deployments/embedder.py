@@ -11,10 +11,11 @@ import ray
 from ray.serve import get_replica_context
 
 from deployments.handles import LedgerPort
+from deployments.model_metrics import publish_models
 from deployments.outlet import LOOPBACK, Address, Outlet
 from serve import config
 from serve.embedding.pool import Pool
-from serve.errors import ModelUnavailable, ServiceError
+from serve.errors import ServiceError
 from serve.flows.batching import Batcher
 from serve.records import EmbedCall, EmbedReply
 
@@ -28,7 +29,7 @@ class Embedder:
     batcher: ClassVar[type[Batcher]] = Batcher
 
     async def __init__(self, pool: config.Pool, settings: config.Settings) -> None:  # type: ignore[misc]
-        """Load and warm every model, then start the batcher; ready means a forward pass ran."""
+        """Load and warm every pinned model, then start the batcher; ready means a forward pass ran."""
         self._executor = ThreadPoolExecutor(1, "model")  # one slot: two pools of threads fight
         self._pool = Pool(pool, clock=time.monotonic)
         await asyncio.get_running_loop().run_in_executor(self._executor, self._pool.load)
@@ -46,6 +47,7 @@ class Embedder:
         self._drain_s = settings.actors.drain_s
         self._reports_failed = 0
         self._reporting = asyncio.create_task(self._report(pool.name, settings))
+        self._publishing = asyncio.create_task(publish_models(self._pool.holdings))
 
     async def embed(self, call: EmbedCall) -> EmbedReply:
         """See `serve.ports.Embedder`."""
@@ -64,16 +66,15 @@ class Embedder:
         return self._address
 
     async def ready(self) -> bool:
-        """Whether the batcher lives and the models answer."""
+        """Whether the batcher lives and a model works."""
         return self._batcher.healthy and not self._task.done()
 
     async def check_health(self) -> None:
         """Serve replaces the replica when this raises."""
-        for task in (self._task, self._reporting):
+        for task in (self._task, self._reporting, self._publishing):
             if task.done():
                 task.result()
-        if not self._batcher.healthy:
-            raise ModelUnavailable("A model fails on its warm-up input.")
+        self._batcher.check()
 
     async def __del__(self) -> None:
         """Serve awaits this once its own calls are done; those of the conduits end here."""

@@ -59,7 +59,7 @@ class Embedder(Protocol):
         ...
 
     async def ready(self) -> bool:
-        """True when a forward pass of every model has run and the batcher lives."""
+        """True when a forward pass of every pinned model has run, the batcher lives and a model works."""
         ...
 
 

@@ -97,10 +97,16 @@ class Settings(Section):
         return self
 
     def under(self, data_dir: Path) -> Self:
-        """The same with another `data_dir`, absolute, and with every pool's folder of graphs in it."""
+        """The same with another `data_dir`, absolute, and with the folders of every pool in it."""
         folder = data_dir.resolve()
         pools = (
-            pool.model_copy(update={"graphs": str(folder / pool.graphs)}) for pool in self.pools
+            pool.model_copy(
+                update={
+                    "graphs": str(folder / pool.graphs),
+                    "profiles": str(folder / pool.profiles),
+                }
+            )
+            for pool in self.pools
         )
         return self.model_copy(update={"data_dir": str(folder), "pools": tuple(pools)})
 

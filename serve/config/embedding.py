@@ -44,6 +44,20 @@ class Model(Section):
     created: int = Field(0, ge=0, description="Unix time shown by the models route.")
     query_prefix: str = Field("", max_length=1024, description="Put before a search query.")
     document_prefix: str = Field("", max_length=1024, description="Put before a chunk.")
+    pinned: bool = Field(
+        default=True,
+        description="Whether every replica loads it at its start and holds it for good; else it is "
+        "loaded for its first call, and may leave again.",
+    )
+    unload_after_s: float | None = Field(
+        None,
+        ge=1,
+        le=10**7,
+        description="Not `pinned` only: unloaded after so long without a call; null: never for that.",
+    )
+    fake_bytes: int = Field(
+        0, ge=0, le=2**34, description="`fake` only: memory that it takes while it is loaded."
+    )
     fake_ms_per_batch: float = Field(
         0, ge=0, le=10_000, description="`fake` only: simulated device time of one batch."
     )
@@ -72,7 +86,10 @@ class Batch(Section):
         256, ge=8, le=10**6, description="A hand-out may always hold this many tokens."
     )
     tokens_max: int = Field(
-        1024, ge=8, le=10**7, description="Padded tokens of one batch, padding counted."
+        1024,
+        ge=8,
+        le=10**7,
+        description="Padded tokens of one batch at most; fewer where the warm-up finds that as fast.",
     )
     items_max: int = Field(64, ge=1, le=4096, description="Inputs of one batch.")
     queue_tokens_max: int = Field(
@@ -90,6 +107,19 @@ class Batch(Section):
     item_overhead_tokens: int = Field(
         32, ge=0, le=4096, description="Tokens added to each input's cost for its fixed work."
     )
+    forward_s_max: float = Field(
+        60,
+        gt=0,
+        le=3600,
+        description="A batch that is at the model for longer never returns: the replica is replaced.",
+    )
+    oom_forget_s: float = Field(
+        3600,
+        ge=0,
+        le=10**6,
+        description="For so long a batch that ran out of memory is not tried again at 90 % of its "
+        "size or above.",
+    )
 
 
 class Pool(Section):
@@ -99,7 +129,9 @@ class Pool(Section):
         "default", description="Name of the pool; its deployment is `embedder-NAME`."
     )
     models: tuple[Model, ...] = Field(
-        min_length=1, max_length=16, description="Models that every replica holds."
+        min_length=1,
+        max_length=16,
+        description="Models that every replica holds, or loads when they are asked for.",
     )
     replicas: int = Field(1, ge=1, le=1000, description="Embedder replicas.")
     cpus: float = Field(
@@ -122,7 +154,45 @@ class Pool(Section):
         description="Folder of the graphs of engine `onnx`, under `data_dir`; what is in it may be "
         "deleted and is made again.",
     )
+    profiles: str = Field(
+        "profiles",
+        min_length=1,
+        max_length=4096,
+        description="Folder of what warm-ups measured, under `data_dir`; what is in it may be deleted "
+        "and is measured again.",
+    )
+    memory_bytes_max: int | None = Field(
+        None,
+        ge=1,
+        le=10**14,
+        description="Memory of a replica's models together, as measured: resident on a CPU, allocated "
+        "on a GPU. Models that are not `pinned` leave for others. null: no bound but a GPU's share.",
+    )
+    swap_after_s: float = Field(
+        2,
+        ge=0,
+        le=600,
+        description="How long a model waits for memory before one that is in use has to leave; that "
+        "one's waiting work is done first.",
+    )
+    load_retry_s: float = Field(
+        1,
+        gt=0,
+        le=120,
+        description="After a model failed its calls are refused for so long; twice as long each time.",
+    )
+    load_retry_s_max: float = Field(
+        60, gt=0, le=120, description="At most so long, until it is tried again."
+    )
     batch: Batch = Field(default=Batch(), description="How waiting work becomes batches.")
+
+    @model_validator(mode="after")
+    def _pinned_stay(self) -> Self:
+        for model in self.models:
+            if model.pinned and model.unload_after_s is not None:
+                message = f"model {model.id}: unload_after_s is for models that are not pinned"
+                raise ValueError(message)
+        return self
 
     @model_validator(mode="after")
     def _graphs_run_on_cpus(self) -> Self:

@@ -38,7 +38,8 @@ class Faults:
 class FakeEngine:
     """Implements `ports.Engine` without a model; the same input gives bit-identical rows.
 
-    `fake_ms_per_batch` and `fake_ms_per_token` (padded tokens) of the settings are slept away.
+    `fake_ms_per_batch` and `fake_ms_per_token` (padded tokens) of the settings are slept away, and
+    `fake_bytes` are held.
     `poison` raises ValueError, `oom_above_tokens` raises MemoryError, above that padded size.
     """
 
@@ -55,6 +56,7 @@ class FakeEngine:
         self._model = model
         self._sleep = sleep
         self._faults = faults or Faults()
+        self._ballast = np.ones(model.fake_bytes, np.uint8)  # zeros would take no memory
 
     def forward(self, batch: Sequence[Input]) -> Vector:
         """See `ports.Engine.forward`. Raises BadInput for other kinds and too long inputs."""
@@ -70,7 +72,8 @@ class FakeEngine:
         return vectors[: len(rows) - self._faults.rows_lost]
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Give the simulated weights back."""
+        self._ballast = np.ones(0, np.uint8)
 
     def _work(self, padded: int) -> None:
         busy_ms = self._model.fake_ms_per_batch + self._model.fake_ms_per_token * padded

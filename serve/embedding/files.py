@@ -62,6 +62,14 @@ def verify(model: Model) -> None:
         )
 
 
+def weights_bytes(model: Model) -> int:
+    """Size of the weights file; 0 when there is none, which a load will say."""
+    try:
+        return (model_folder(model) / WEIGHTS).stat().st_size
+    except (OSError, ModelUnavailable):
+        return 0
+
+
 def revision(model: Model) -> str:
     """Names the vector space, 12 hex: two models of one revision make the same vectors."""
     if model.engine == "fake":

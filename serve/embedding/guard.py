@@ -1,4 +1,4 @@
-"""What an engine returned, checked before anyone trusts it."""
+"""What an engine returned or raised, checked before anyone trusts it."""
 
 from collections.abc import Sequence
 
@@ -31,3 +31,8 @@ def checked(engine: Engine, batch: Sequence[Input]) -> tuple[Vector, frozenset[i
         vectors = vectors.copy()
         vectors[bad] = 0
     return vectors, frozenset(bad.tolist())
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Also torch's own, which is not imported here."""
+    return isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__

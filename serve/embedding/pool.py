@@ -1,21 +1,29 @@
-"""The engines of one embedder replica: checked, loaded, warmed up, measured.
+"""The engines of one embedder replica: checked, loaded, warmed up, measured, closed.
 
 Engines are chosen by `Model.engine` from one table; torch and sentence-transformers are imported
-only when a model needs them, since that takes about 10 s.
+only when a model needs them, since that takes about 10 s. Which models are loaded when is decided
+by `holdings`; what their warm-up finds is kept by `profiles`.
 """
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 
 from serve.config import Model
 from serve.config import Pool as PoolSettings
+from serve.embedding import memory
+from serve.embedding.budget import choose
 from serve.embedding.fake import FakeEngine
-from serve.embedding.files import model_folder, verify
+from serve.embedding.files import model_folder, verify, weights_bytes
 from serve.embedding.graphs import Graphs
-from serve.embedding.guard import checked
+from serve.embedding.guard import checked, out_of_memory
+from serve.embedding.holdings import Holdings
+from serve.embedding.packing import Pace
+from serve.embedding.profiles import Place, Profile, Profiles, cpu_name
 from serve.errors import ModelUnavailable, NotFound
 from serve.ports import Engine
 from serve.records import Input
@@ -27,6 +35,9 @@ Builder = Callable[[Model, PoolSettings], Engine]
 
 SHORT_TOKENS = 3
 """One word between two special tokens."""
+
+PROBE_S_MAX = 0.7
+"""Of a first start, for what it does not need: sizes in between, and third passes against noise."""
 
 
 def _fake(model: Model, _: PoolSettings) -> Engine:
@@ -67,11 +78,21 @@ BUILDERS: Mapping[str, Builder] = {
     "sentence_transformers": _sentence_transformers,
 }
 
+RUNTIMES: Mapping[Builder, str] = {
+    _onnx: "serve.embedding.onnx",
+    _sentence_transformers: "serve.embedding.sentence_transformers",
+}
+"""What a builder imports. It stays when models leave, so it has to be in memory before one is measured:
+400 MB with torch.
+"""
+
 
 class Pool:
-    """Holds the engines of one pool. Used from one thread at a time, never from an event loop.
+    """Holds the engines of one pool. Everything but `engine` and `profile` is called from one thread
+    at a time and never from an event loop; `holdings` belongs to whoever runs the pool.
 
-    `builders` is for tests: engines by the word that stands in `Model.engine`.
+    `builders` is for tests: engines by the word that stands in `Model.engine`. So is `held`: the
+    memory of this process, of which a model's is the difference that its load makes.
     """
 
     def __init__(
@@ -80,39 +101,74 @@ class Pool:
         *,
         clock: Callable[[], float],
         builders: Mapping[str, Builder] = BUILDERS,
+        held: Callable[[], int] | None = None,
     ) -> None:
+        self.holdings = Holdings(settings)
         self._settings = settings
         self._clock = clock
         self._builders = builders
+        self._held = held or memory.resident_bytes
         self._engines: dict[str, Engine] = {}
-        self._warm_times: dict[str, list[tuple[int, float]]] = {}
+        self._known: dict[str, Profile] = {}
+        self._profiles: Profiles | None = None
 
     def load(self) -> None:
-        """Verify, load and warm up every model; leaves nothing loaded when one of them fails.
+        """Load every pinned model; leaves nothing loaded when one of them fails.
 
-        Raises ModelUnavailable (files, checksum, what the settings say of the model, vectors).
+        Raises ModelUnavailable (files, checksum, what the settings say of the model, vectors, memory).
         """
+        self._find_device()
         try:
             for model in self._settings.models:
-                verify(model)
-                engine = self._build(model)
-                self._engines[model.id] = engine
-                self._warm_times[model.id] = self._warm_up(model, engine)
+                if model.pinned:
+                    size_bytes = self.load_one(model.id).bytes
+                    self._refuse_excess(model, size_bytes)
+                    self.holdings.loaded(model.id, size_bytes, self._clock())
+                else:
+                    self.holdings.expect(model.id, self._likely_bytes(model))
         except BaseException:
             self.close()
             raise
 
+    def load_one(self, model_id: str) -> Profile:
+        """Verify, load and warm up one model; what was measured. Leaves nothing when it fails.
+
+        Raises NotFound, ModelUnavailable, and what a runtime raises.
+        """
+        model = self._model(model_id)
+        verify(model)
+        _import_runtime(self._builders[model.engine])
+        before = self._held()
+        engine = self._build(model)
+        try:
+            profile = self._warm_up(model, engine, before)
+        except BaseException:
+            engine.close()
+            raise
+        self._known[model_id] = profile
+        self._engines[model_id] = engine
+        return profile
+
+    def unload(self, model_id: str) -> None:
+        """Close a model's engine and give its memory back; a no-op when it is not loaded."""
+        engine = self._engines.pop(model_id, None)
+        if engine is not None:
+            engine.close()
+        del engine
+        memory.give_back()
+        self.relieve()
+
     def engine(self, model_id: str) -> Engine:
-        """The loaded engine. Raises NotFound for a model that this pool does not hold."""
+        """The loaded engine. Raises NotFound for a model that this pool does not have."""
         self._model(model_id)
         if model_id not in self._engines:
             raise ModelUnavailable(f"Model {model_id} is not loaded.", retry_after_s=5)
         return self._engines[model_id]
 
-    def warm_times(self, model_id: str) -> Sequence[tuple[int, float]]:
-        """(padded tokens, seconds) of the warm-up batches, shortest first. Raises NotFound."""
-        self.engine(model_id)
-        return tuple(self._warm_times[model_id])
+    def profile(self, model_id: str) -> Profile | None:
+        """What is known of a model, by this load or an earlier one. Raises NotFound."""
+        self._model(model_id)
+        return self._known.get(model_id)
 
     def probe(self, model_id: str) -> None:
         """One forward pass on a known good input. Raises what the engine raises, ModelUnavailable
@@ -120,11 +176,43 @@ class Pool:
         """
         _forward(self._model(model_id), self.engine(model_id), (1, SHORT_TOKENS))
 
+    def relieve(self) -> None:
+        """Free what a GPU's allocator keeps for later; nothing on a CPU."""
+        if self._on_cuda():
+            from serve.embedding import cuda  # noqa: PLC0415  torch
+
+            cuda.give_back()
+
     def close(self) -> None:
         """Free every engine; a second call does nothing."""
-        self._warm_times.clear()
+        self._known.clear()
         while self._engines:
             self._engines.popitem()[1].close()
+
+    def _find_device(self) -> None:
+        """Know the device, how its memory is counted, and how much of it there is for us."""
+        device = cpu_name()
+        if self._on_cuda():
+            from serve.embedding import cuda  # noqa: PLC0415  torch
+
+            device, self._held = cuda.device_name(), cuda.held_bytes
+            if self._settings.gpus < 1:
+                bound = cuda.reserve(self._settings.gpus)
+                self.holdings.bytes_max = min(bound, self.holdings.bytes_max or bound)
+        place = Place(device, _threads(self._settings), self._settings.batch)
+        self._profiles = Profiles(Path(self._settings.profiles), place)
+
+    def _on_cuda(self) -> bool:
+        real = any(model.engine != "fake" for model in self._settings.models)
+        return real and self._settings.gpus > 0
+
+    def _refuse_excess(self, model: Model, size_bytes: int) -> None:
+        most, held = self.holdings.bytes_max, self.holdings.bytes
+        if most is not None and held + size_bytes > most:
+            raise ModelUnavailable(
+                f"Model {model.id} takes {size_bytes} bytes beside {held} of other pinned models; "
+                f"pool {self._settings.name} has {most}."
+            )
 
     def _build(self, model: Model) -> Engine:
         """By the settings' word; torch where a graph cannot be had, which makes the same vectors."""
@@ -146,22 +234,124 @@ class Pool:
             code="model_not_found",
         )
 
-    def _warm_up(self, model: Model, engine: Engine) -> list[tuple[int, float]]:
-        """Each shape twice: the first pass of a shape allocates and is not measured."""
+    def _likely_bytes(self, model: Model) -> int:
+        """As measured before, else the size of its weights. Also makes what was measured known."""
+        kept = self._kept(model)
+        if kept is None:
+            return model.fake_bytes if model.engine == "fake" else weights_bytes(model)
+        self._known[model.id] = kept
+        return kept.bytes
+
+    def _kept(self, model: Model) -> Profile | None:
+        if model.engine == "fake" or self._profiles is None:
+            return None
+        return self._profiles.find(model)
+
+    def _warm_up(self, model: Model, engine: Engine, before: int) -> Profile:
+        """Two passes show that it works; at a first start more find its pace and budget.
+
+        A model is said to take no less than at its first load: the next one may get pages that this
+        process has already.
+        """
+        kept = self._known.get(model.id) or self._kept(model)
+        if kept is not None and kept.engine == type(engine).__name__:
+            proved = self._prove(model, engine, kept.budget_tokens)
+            size_bytes = max(self._held() - before, kept.bytes)
+            budget = kept.budget_tokens if proved else self._least()
+            return kept.model_copy(update={"bytes": size_bytes, "budget_tokens": budget})
+        times = self._measure(model, engine, _shapes(model, self._settings))
+        pace = Pace.fit(times)
+        profile = Profile(
+            overhead_s=pace.overhead_s,
+            token_s=pace.token_s,
+            budget_tokens=self._budget(model, times),
+            bytes=max(self._held() - before, 0),
+            engine=type(engine).__name__,
+            made_of={} if self._profiles is None else self._profiles.made_of(model),
+        )
+        if model.engine != "fake" and self._profiles is not None:
+            self._profiles.keep(model, profile)
+        return profile
+
+    def _least(self) -> int:
+        return min(self._settings.batch.tokens_min, self._settings.batch.tokens_max)
+
+    def _budget(self, model: Model, times: Sequence[tuple[int, float]]) -> int:
+        """The best that was measured; all that is allowed where that is the largest batch there was."""
+        best, largest = choose(times, least=self._least()), max(times)[0]
+        complete = largest == max(
+            inputs * tokens for inputs, tokens in _shapes(model, self._settings)
+        )
+        return self._settings.batch.tokens_max if best == largest and complete else best
+
+    def _measure(
+        self, model: Model, engine: Engine, shapes: Sequence[tuple[int, int]]
+    ) -> list[tuple[int, float]]:
+        """(padded tokens, seconds) of each shape, shortest first; those that memory allows.
+
+        The shortest, one longest and a full batch are needed, twice: the first pass of a shape
+        allocates. More is done as long as it is predicted to end within `PROBE_S_MAX`.
+        """
         times: list[tuple[int, float]] = []
-        for shape in _shapes(model, self._settings):
-            _forward(model, engine, shape)
-            began = self._clock()
-            _forward(model, engine, shape)
-            times.append((shape[0] * shape[1], self._clock() - began))
+        spare_s = PROBE_S_MAX
+        for inputs, tokens in shapes:
+            size = inputs * tokens
+            likely_s = times[-1][1] * size / times[-1][0] if times else 0.0
+            needed = inputs == 1 or (inputs, tokens) == shapes[-1]
+            extra = 1 if needed else 3
+            if extra * likely_s <= spare_s:
+                spare_s -= extra * likely_s
+                passes = 3
+            elif needed:
+                passes = 2
+            else:
+                continue
+            if not self._fits(model, engine, (inputs, tokens)):
+                break
+            took_s = [self._timed(model, engine, (inputs, tokens)) for _ in range(passes - 1)]
+            times.append((size, min(took_s)))
         return times
+
+    def _prove(self, model: Model, engine: Engine, budget_tokens: int) -> bool:
+        """Two passes of a model that was measured before; whether its budget is still possible."""
+        _forward(model, engine, (1, SHORT_TOKENS))
+        return self._fits(model, engine, _shape(model, self._settings, budget_tokens))
+
+    def _fits(self, model: Model, engine: Engine, shape: tuple[int, int]) -> bool:
+        """One pass; False when several inputs are too much for the memory there is."""
+        try:
+            _forward(model, engine, shape)
+        except Exception as error:
+            if shape[0] == 1 or not out_of_memory(error):
+                raise
+            log.warning("%s: %d inputs of %d tokens are too much memory", model.id, *shape)
+            self.relieve()
+            return False
+        return True
+
+    def _timed(self, model: Model, engine: Engine, shape: tuple[int, int]) -> float:
+        began = self._clock()
+        _forward(model, engine, shape)
+        return self._clock() - began
+
+
+def _import_runtime(builder: Builder) -> None:
+    if builder in RUNTIMES:
+        with suppress(ImportError):  # the builder says what is missing
+            import_module(RUNTIMES[builder])
+
+
+def _shape(model: Model, settings: PoolSettings, tokens: int) -> tuple[int, int]:
+    """(inputs, tokens each): a batch of the longest inputs, of so many padded tokens or one input."""
+    inputs = min(tokens // model.tokens_max, settings.batch.items_max)
+    return max(inputs, 1), model.tokens_max
 
 
 def _shapes(model: Model, settings: PoolSettings) -> list[tuple[int, int]]:
-    """(inputs, tokens each): the shortest input, the longest, and a full batch of the longest."""
-    longest = model.tokens_max
-    full = min(settings.batch.tokens_max // longest, settings.batch.items_max)
-    return sorted({(1, SHORT_TOKENS), (1, longest), (max(full, 1), longest)})
+    """The shortest input, then 1, 2, 4, ... of the longest up to a full batch."""
+    full, longest = _shape(model, settings, settings.batch.tokens_max)
+    sizes = {full, *(2**power for power in range(full.bit_length()))}
+    return sorted({(1, SHORT_TOKENS), *((size, longest) for size in sizes)})
 
 
 def _forward(model: Model, engine: Engine, shape: tuple[int, int]) -> None:

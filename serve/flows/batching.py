@@ -2,7 +2,8 @@
 
 One `Batcher` stands in each embedder replica, in front of one model slot. A hand-out is formed
 only when the model is free, so batches grow by themselves under load and nothing lingers when
-there is none. `deployments.embedder` owns its task and watches `healthy`; `recovery` runs batches.
+there is none. `deployments.embedder` owns its task and asks `check`; `recovery` runs batches,
+`loading` loads models beside them, `refusals` says what is taken in.
 """
 
 import asyncio
@@ -12,31 +13,27 @@ from concurrent.futures import Executor
 import numpy as np
 
 from serve.admission.fairness import FairQueue
-from serve.admission.outlook import Place, places, tenants_waiting
+from serve.admission.outlook import tenants_waiting
 from serve.config import Admission, Batch
-from serve.embedding.packing import Pace, Room, pack, padded, plan
-from serve.errors import (
-    BadInput,
-    DeadlineExceeded,
-    Internal,
-    ModelUnavailable,
-    Overloaded,
-    QuotaExceeded,
-)
+from serve.embedding.packing import Room, pack, padded, plan
+from serve.errors import DeadlineExceeded, ModelUnavailable
+from serve.flows.costs import Costs
+from serve.flows.loading import Loads
+from serve.flows.parking import Parked
 from serve.flows.pending import Member, Pending, Slice, Tally, tokens_of
 from serve.flows.recovery import Engines, Ran, Runner, gone
-from serve.records import EmbedCall, EmbedReply, QueuePlace, QueueReport
-
-
-PROFILE_TOKENS = 1000
-"""Models are compared, and the queue's pace is told, by a batch of this many padded tokens."""
+from serve.flows.refusals import admit
+from serve.flows.turns import outlook
+from serve.records import EmbedCall, EmbedReply, QueueReport
 
 
 class Batcher:
     """Orders calls fairly, batches them by tokens, isolates what fails.
 
-    `healthy` turns false for good when a model fails on a known good input or `run` ends; from
-    then on every call, waiting or new, is answered with ModelUnavailable.
+    A model that fails on a known good input leaves its calls unanswered but for ModelUnavailable,
+    and is loaded again. `healthy` turns false for good when that did not help and no other model
+    works, when a pass does not return, or when `run` ends; from then on every call, waiting or new,
+    is answered with ModelUnavailable. `loader` is the thread of loads; None is the event loop's own.
     """
 
     def __init__(
@@ -48,25 +45,33 @@ class Batcher:
         batch: Batch,
         executor: Executor,
         clock: Callable[[], float],
+        loader: Executor | None = None,
     ) -> None:
         self._engines = engines
+        self._holdings = engines.holdings
         self._batch = batch
         self._clock = clock
         self._queue: FairQueue[Slice] = FairQueue(
             {"interactive": admission.interactive_share, "bulk": admission.bulk_share}
         )
-        self._paces = {model: Pace.fit(engines.warm_times(model)) for model in models}
-        seconds = {model: pace.seconds(PROFILE_TOKENS) for model, pace in self._paces.items()}
-        self._dearness = {model: took / seconds[models[0]] for model, took in seconds.items()}
-        self._rate = Pace(overhead_s=0.0, token_s=seconds[models[0]] / PROFILE_TOKENS)
+        self._parked = Parked()
+        self._costs = Costs(models, item_overhead_tokens=batch.item_overhead_tokens)
         self._free_at = 0.0
         self._wake = asyncio.Event()
         self._calls: set[Pending] = set()
         self.healthy = True
         self.tally = Tally()
         self._runner = Runner(
-            engines, self._paces, batch=batch, executor=executor, clock=clock, tally=self.tally
+            engines,
+            self._costs.paces,
+            batch=batch,
+            executor=executor,
+            clock=clock,
+            tally=self.tally,
         )
+        self._loads = Loads(engines, executor=loader, clock=clock)
+        for model in models:
+            self._fit(model)
 
     # --- arriving -------------------------------------------------------------------------
 
@@ -77,25 +82,28 @@ class Batcher:
         queue is full), Overloaded (the queue is, or the predicted wait exceeds the deadline),
         DeadlineExceeded, ModelUnavailable.
         """
-        engine = self._engines.engine(call.model)
-        own_s = self._admit(call)
-        now = self._clock()
-        patience_s = call.deadline_s + 2 * own_s  # 2: its share may shrink while it works
-        if call.limit_s is not None:
-            patience_s = min(patience_s, call.limit_s)
-        pending = Pending(
-            call,
-            asyncio.get_running_loop().create_future(),
-            arrived=now,
-            expires=now + patience_s,
-            vectors=np.zeros((len(call.inputs), engine.dimensions), np.float32),
-            left=len(call.inputs),
-            unbegun=len(call.inputs),
-        )
+        if not self.healthy:
+            raise gone()
+        may_run = self._holdings.enter(call.model, self._clock())
+        try:
+            own_s = admit(
+                call,
+                self._queue,
+                self._parked,
+                batch=self._batch,
+                costs=self._costs,
+                busy_s=self._busy_s(),
+            )
+            pending = self._pending(call, own_s)
+        except BaseException:
+            self._leave(call.model, used=may_run)
+            raise
         self._calls.add(pending)
         try:
-            self._enqueue(pending)
-            pending.finish(now)  # a call without inputs
+            if may_run:
+                self._enqueue(pending)
+            else:
+                self._park(pending)
             self._watch(pending)
             return await pending.done
         except DeadlineExceeded:
@@ -105,55 +113,35 @@ class Batcher:
             self._calls.discard(pending)
             self._withdraw(pending)
 
-    def _admit(self, call: EmbedCall) -> float:
-        """Refuse what cannot be served in time; else the seconds of the call's own work."""
-        if not self.healthy:
-            raise gone()
-        inputs = len(call.inputs)
-        if len(call.tokens) != inputs:
-            raise Internal(f"{len(call.tokens)} token counts for {inputs} inputs.")
-        queue, batch = self._queue, self._batch
-        cost = self._cost(call.model, sum(call.tokens), inputs)
-        tokens_max = min(batch.tenant_tokens_max, batch.queue_tokens_max)
-        items_max = min(batch.tenant_items_max, batch.queue_items_max)
-        if cost > tokens_max or inputs > items_max:
-            raise BadInput(
-                f"This is {cost:.0f} tokens of work in {inputs} inputs; at most {tokens_max} in "
-                f"{items_max} may wait.",
-                param="input",
-                code="tokens_exceed_queue",
-            )
-        ahead = queue.ahead(call.klass, call.tenant, weight=call.weight)
-        wait_s = self._busy_s() + self._rate.seconds(ahead)
-        retry_s = max(wait_s, 1)
-        own, own_items = queue.backlog(call.tenant), queue.backlog_items(call.tenant)
-        if own + cost > batch.tenant_tokens_max or own_items + inputs > batch.tenant_items_max:
-            raise QuotaExceeded(
-                f"{own:.0f} tokens of your work in {own_items} inputs wait already; this is "
-                f"{cost:.0f} more in {inputs}, and {batch.tenant_tokens_max} in "
-                f"{batch.tenant_items_max} may wait.",
-                code="queue_full",
-                retry_after_s=retry_s,
-            )
-        full = queue.cost + cost > batch.queue_tokens_max
-        if full or queue.items + inputs > batch.queue_items_max:
-            raise Overloaded("The queue is full.", retry_after_s=retry_s)
-        deadline_s = call.deadline_s if call.limit_s is None else min(call.deadline_s, call.limit_s)
-        if wait_s > max(deadline_s, 0):
-            raise Overloaded(
-                f"The predicted wait of {wait_s:.1f} s exceeds the deadline of {deadline_s:g} s.",
-                retry_after_s=retry_s,
-            )
-        return self._rate.seconds(cost) / queue.share(call.klass, call.tenant, call.weight)
+    def _pending(self, call: EmbedCall, own_s: float) -> Pending:
+        now = self._clock()
+        patience_s = call.deadline_s + 2 * own_s  # 2: its share may shrink while it works
+        if call.limit_s is not None:
+            patience_s = min(patience_s, call.limit_s)
+        return Pending(
+            call,
+            asyncio.get_running_loop().create_future(),
+            arrived=now,
+            expires=now + patience_s,
+            left=len(call.inputs),
+            unbegun=len(call.inputs),
+        )
 
     def _cost(self, model: str, tokens: int, inputs: int = 1) -> float:
-        """Tokens and a fixed part per input, in tokens of the first model's device time."""
-        overhead = self._batch.item_overhead_tokens * inputs
-        return self._dearness[model] * max(tokens + overhead, 1)
+        return self._costs.cost(model, tokens, inputs)
+
+    def _park(self, pending: Pending) -> None:
+        """Its model has to be loaded, or to leave and come back."""
+        call = pending.call
+        self._parked.add(pending, self._cost(call.model, sum(call.tokens), len(call.inputs)))
+        self._loads.look()
 
     def _enqueue(self, pending: Pending) -> None:
         """Cut a call into queue items of like length, each well below a hand-out."""
         call, batch = pending.call, self._batch
+        dimensions = self._engines.engine(call.model).dimensions
+        pending.vectors = np.zeros((len(call.inputs), dimensions), np.float32)
+        pending.finish(self._clock())  # a call without inputs
         tokens_max = min(batch.tokens_min, batch.tokens_max)
         for group in pack(call.tokens, tokens_max=tokens_max, items_max=batch.items_max):
             tokens = sum(call.tokens[index] for index in group)
@@ -186,6 +174,72 @@ class Batcher:
             if entry.waiting:
                 self.tally.dropped += entry.count
                 self._queue.cancel(entry)
+        parked = self._parked.remove(pending)
+        self.tally.dropped += pending.unbegun if parked else 0
+        self._leave(pending.call.model, used=not parked)
+
+    def _leave(self, model: str, *, used: bool) -> None:
+        """A call has ended: its model may leave for others, or need not be loaded any more."""
+        if used:
+            self._holdings.leave(model, self._clock())
+        elif not self._parked.waits(model):
+            self._holdings.forget(model)
+            self._unpark()
+        if not self._holdings.settled:
+            self._loads.look()
+
+    # --- models that come and go ----------------------------------------------------------
+
+    async def _keep(self) -> None:
+        """Load and unload what is wanted and what is not. One task runs this."""
+        async for done in self._loads.run():
+            if done.error is not None:
+                self._refuse(done.step.model, done.error)
+            elif done.step.word == "load":
+                self._fit(done.step.model)
+            self._unpark()
+
+    def _fit(self, model: str) -> None:
+        """Reckon with what was measured of a model, if it was."""
+        profile = self._engines.profile(model)
+        if profile is not None:
+            self._costs.fit(model, profile.pace)
+            self._runner.fit(model, profile.budget_tokens)
+
+    def _unpark(self) -> None:
+        """Queue the calls of every model that may run."""
+        for model in self._parked.models:
+            if self._holdings.is_open(model):
+                for pending in self._parked.of(model):
+                    self._parked.remove(pending)
+                    self._holdings.enter(model, self._clock())
+                    self._enqueue(pending)
+
+    def _refuse(self, model: str, error: ModelUnavailable) -> None:
+        """Answer every call of a model; give up when no model works any more."""
+        for pending in self._calls:
+            if pending.call.model == model:
+                pending.fail(ModelUnavailable(error.message, retry_after_s=error.retry_after_s))
+        if self._holdings.lost:
+            self._give_up()
+
+    def _broke(self, model: str) -> None:
+        now = self._clock()
+        self._holdings.broke(model, now)
+        retry_s = self._holdings.retry_s(model, now)
+        broken = "The model failed and is loaded again."
+        self._refuse(model, ModelUnavailable(broken, retry_after_s=retry_s))
+        self._loads.look()
+
+    def check(self) -> None:
+        """Raises ModelUnavailable when the replica is of no use any more; asked again and again."""
+        if self._runner.overdue:
+            self._give_up()
+            raise ModelUnavailable(
+                f"A batch is at the model for more than {self._batch.forward_s_max:g} s."
+            )
+        if not self.healthy:
+            raise ModelUnavailable("No model works.")
 
     # --- the model's side -----------------------------------------------------------------
 
@@ -195,16 +249,21 @@ class Batcher:
         Should it end all the same, no caller is left waiting.
         """
         try:
-            while True:
-                slices = self._hand_out()
-                if slices:
-                    await self._serve(slices, full=self._queue.items > 0)
-                else:
-                    self._wake.clear()
-                    await self._wake.wait()
-                await asyncio.sleep(0)  # arrivals of the same turn of the loop join the hand-out
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._hand_outs())
+                group.create_task(self._keep())
         finally:
             self._give_up()
+
+    async def _hand_outs(self) -> None:
+        while True:
+            slices = self._hand_out()
+            if slices:
+                await self._serve(slices, full=self._queue.items > 0)
+            else:
+                self._wake.clear()
+                await self._wake.wait()
+            await asyncio.sleep(0)  # arrivals of the same turn of the loop join the hand-out
 
     def _give_up(self) -> None:
         """Nothing will be served any more: say so to everyone who waits, and to the owner."""
@@ -238,11 +297,11 @@ class Batcher:
 
     def _room(self, model: str) -> Room:
         """A hand-out of the target's time, or of `tokens_min` where those take longer."""
-        pace, batch = self._paces[model], self._batch
+        pace, batch = self._costs.paces[model], self._batch
         return Room(
             overhead=pace.overhead,
             load_max=max(pace.load_in(batch.target_ms / 1e3), pace.overhead + batch.tokens_min),
-            tokens_max=self._runner.budget,
+            tokens_max=self._runner.budget(model),
             items_max=batch.items_max,
         )
 
@@ -254,24 +313,26 @@ class Batcher:
         members = [(part.pending, index) for part in slices for index in part.indices]
         tokens = [tokens_of(member) for member in members]
         model = members[0][0].call.model
-        pace, began, repeated = self._paces[model], self._clock(), self.tally.repeated
+        pace, began, repeated = self._costs.paces[model], self._clock(), self.tally.repeated
         batches = plan(
             tokens,
             overhead=pace.overhead,
-            tokens_max=self._runner.budget,
+            tokens_max=self._runner.budget(model),
             items_max=self._batch.items_max,
         )
         sizes = [padded([tokens[position] for position in batch]) for batch in batches]
         self._free_at = began + sum(pace.seconds(size) for size in sizes)
+        self._holdings.hold(model)  # callers may leave while their work is at it
         for batch in reversed(batches):
-            await self._run([members[position] for position in batch])
+            await self._run(model, [members[position] for position in batch])
         self._free_at = self._clock()
+        self._leave(model, used=True)
         self.tally.handouts += 1
         if full and self.tally.repeated == repeated:
             cost = self._cost(model, sum(tokens), len(tokens))
-            self._rate.learn(cost, self._free_at - began)
+            self._costs.rate.learn(cost, self._free_at - began)
 
-    async def _run(self, members: list[Member]) -> None:
+    async def _run(self, model: str, members: list[Member]) -> None:
         """One batch, of those who still wait for it; the rest is refunded."""
         now = self._clock()
         awaited = []
@@ -281,13 +342,15 @@ class Batcher:
                 awaited.append(member)
             else:
                 self.tally.dropped += 1
-                self._settle(member, -self._cost(member[0].call.model, tokens_of(member)))
+                self._settle(member, -self._cost(model, tokens_of(member)))
         try:
             ran = await self._runner.run(awaited)
         except ModelUnavailable:
-            self._give_up()
-        else:
-            self._charge(ran)
+            self._broke(model)
+            return
+        if len(ran.guilty) < len(awaited):
+            self._holdings.worked(model)
+        self._charge(ran)
 
     def _charge(self, ran: Ran) -> None:
         """Passes beyond the first are paid by those whose inputs caused them."""
@@ -303,42 +366,31 @@ class Batcher:
 
     @property
     def queued_tokens(self) -> float:
-        """Cost that waits, for autoscaling."""
-        return self._queue.cost
+        """Cost that waits, also for a model to be loaded: for autoscaling."""
+        return self._queue.cost + self._parked.cost
 
     @property
     def queued_items(self) -> int:
         """Inputs that wait."""
-        return self._queue.items
+        return self._queue.items + self._parked.items
 
     def report(self, pool: str, replica: str, places_max: int) -> QueueReport:
-        """What waits: in all, and of the tenants that have most waiting."""
-        now, queue = self._clock(), self._queue
+        """What waits: in all, and of the tenants that have most waiting in the queue itself."""
+        told = outlook(
+            self._queue,
+            pace_s=self._costs.rate.seconds(1),
+            busy_s=self._busy_s(),
+            places_max=places_max,
+            now=self._clock(),
+        )
         return QueueReport(
             pool,
             replica,
-            queue.items,
-            queue.cost,
-            self._rate.seconds(1),
-            tenants_waiting(queue),
-            tuple(self._placed(place, now) for place in places(queue, places_max)),
-        )
-
-    def _placed(self, place: Place[Slice], now: float) -> QueuePlace:
-        busy_s, second = self._busy_s(), 1 / self._rate.seconds(1)
-        done = min(place.cost / place.share, self._queue.cost)
-        return QueuePlace(
-            place.tenant,
-            place.klass,
-            place.weight,
-            place.items,
-            place.cost,
-            place.share,
-            place.ahead,
-            busy_s + place.ahead / second,
-            busy_s + max(done, place.ahead + place.cost) / second,
-            now - place.oldest.pending.arrived,
-            100 * second / (place.lead + second),
+            self.queued_items,
+            self.queued_tokens,
+            self._costs.rate.seconds(1),
+            tenants_waiting(self._queue),
+            told,
         )
 
     def _busy_s(self) -> float:

@@ -3,6 +3,8 @@
 import asyncio
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from serve.admission.fairness import Entry
 from serve.errors import DeadlineExceeded, ServiceError
 from serve.records import EmbedCall, EmbedReply, Vector
@@ -10,7 +12,7 @@ from serve.records import EmbedCall, EmbedReply, Vector
 
 @dataclass(slots=True, eq=False)
 class Pending:
-    """A call on its way: rows fill in as batches return.
+    """A call on its way: rows fill in as batches return, into what is made once it is queued.
 
     `left` inputs have no outcome yet; `unbegun` of them the model has not seen.
     """
@@ -19,9 +21,9 @@ class Pending:
     done: asyncio.Future[EmbedReply]
     arrived: float
     expires: float
-    vectors: Vector
     left: int
     unbegun: int
+    vectors: Vector = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     started: float | None = None
     timer: asyncio.TimerHandle | None = None
     failures: list[tuple[int, ServiceError]] = field(default_factory=list)

@@ -7,14 +7,18 @@ fails as well, the model is broken and nobody's input is to blame.
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ParamSpec, Protocol, TypeVar
 
 from serve.config import Batch
-from serve.embedding.guard import checked
+from serve.embedding.budget import Budget
+from serve.embedding.guard import checked, out_of_memory
+from serve.embedding.holdings import Holdings
 from serve.embedding.packing import Pace, padded
+from serve.embedding.profiles import Profile
 from serve.errors import BadInput, ModelUnavailable, PoisonInput, ServiceError
 from serve.flows.pending import Member, Tally, tokens_of
 from serve.ports import Engine
@@ -32,16 +36,30 @@ R = TypeVar("R")
 class Engines(Protocol):
     """The pool, as the batcher sees it."""
 
+    holdings: Holdings
+
     def engine(self, model_id: str) -> Engine:
-        """The loaded engine. Raises NotFound."""
+        """The loaded engine. Raises NotFound, ModelUnavailable."""
         ...
 
-    def warm_times(self, model_id: str) -> Sequence[tuple[int, float]]:
-        """(padded tokens, seconds) of its warm-up batches."""
+    def profile(self, model_id: str) -> Profile | None:
+        """Its pace, budget and size, where they were measured. Raises NotFound."""
         ...
 
     def probe(self, model_id: str) -> None:
         """One forward pass on a known good input. Raises what the engine raises."""
+        ...
+
+    def load_one(self, model_id: str) -> Profile:
+        """Load a model. Raises ModelUnavailable, and what a runtime raises."""
+        ...
+
+    def unload(self, model_id: str) -> None:
+        """Close it and give its memory back."""
+        ...
+
+    def relieve(self) -> None:
+        """Give back what an allocator keeps for later, after a batch ran out of memory."""
         ...
 
 
@@ -56,7 +74,8 @@ class Ran:
 class Runner:
     """Runs batches on the model's thread, one at a time.
 
-    `budget` is the padded tokens of a batch: it shrinks when the device runs out of memory.
+    Each model has a budget, the padded tokens of a batch: it shrinks when the device runs out of
+    memory, and grows back.
     """
 
     def __init__(
@@ -71,11 +90,25 @@ class Runner:
     ) -> None:
         self._engines = engines
         self._paces = paces
-        self._least = min(batch.tokens_min, batch.tokens_max)
+        self._batch = batch
+        self._budgets: dict[str, Budget] = {}
+        self._began: float | None = None
         self._executor = executor
         self._clock = clock
         self._tally = tally
-        self.budget = batch.tokens_max
+
+    def fit(self, model: str, tokens: int) -> None:
+        """The warm-up says that its batches are best with so many padded tokens."""
+        self._budget(model).limit(min(tokens, self._batch.tokens_max))
+
+    def budget(self, model: str) -> int:
+        """Padded tokens of one of its batches, at most."""
+        return self._budget(model).tokens
+
+    @property
+    def overdue(self) -> bool:
+        """Whether a pass is at the model for so long that it will never return."""
+        return self._began is not None and self._clock() - self._began > self._batch.forward_s_max
 
     async def run(self, members: list[Member]) -> Ran:
         """Give every input of a batch its outcome. Raises ModelUnavailable: the model is broken."""
@@ -124,8 +157,8 @@ class Runner:
         """Halve a failed batch and repeat it; find out who is at fault for a single input."""
         log.warning("a batch of %d inputs failed: %r", len(members), error)
         if len(members) > 1:
-            if _out_of_memory(error):
-                self._shrink(padded([tokens_of(member) for member in members]))
+            if out_of_memory(error):
+                await self._shrink(members)
             middle = len(members) // 2
             await self._run(members[:middle], ran, again=True)
             await self._run(members[middle:], ran, again=True)
@@ -138,19 +171,39 @@ class Runner:
         else:
             raise gone()
 
-    def _shrink(self, tokens: int) -> None:
-        """A batch of that many padded tokens was too large for the device's memory."""
-        self.budget = max(self._least, min(self.budget, tokens) // 2)
+    async def _shrink(self, members: list[Member]) -> None:
+        """That batch was too large for the device's memory, what its allocator keeps given back."""
+        tokens = padded([tokens_of(member) for member in members])
+        self._budget(members[0][0].call.model).shrink(tokens, self._clock())
+        await self._on_device(self._engines.relieve)
+
+    def _budget(self, model: str) -> Budget:
+        if model not in self._budgets:
+            batch = self._batch
+            self._budgets[model] = Budget(
+                least=batch.tokens_min, most=batch.tokens_max, forget_s=batch.oom_forget_s
+            )
+        return self._budgets[model]
 
     async def _works(self, model: str) -> bool:
         """Whether the model still answers a known good input."""
-        loop = asyncio.get_running_loop()
         try:
-            await loop.run_in_executor(self._executor, _called, self._engines.probe, model)
+            await self._on_device(self._engines.probe, model)
         except Exception:
             log.exception("model %s fails on its warm-up input", model)
             return False
         return True
+
+    async def _on_device(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call it in the model's thread, under the eyes of `overdue`."""
+        loop = asyncio.get_running_loop()
+        self._began = self._clock()
+        try:
+            return await loop.run_in_executor(
+                self._executor, partial(called, function, *args, **kwargs)
+            )
+        finally:
+            self._began = None
 
     def _answer(self, member: Member, error: ServiceError, ran: Ran) -> None:
         pending, index = member
@@ -165,10 +218,10 @@ class Runner:
         tokens = [tokens_of(member) for member in members]
         inputs = [pending.call.inputs[index] for pending, index in members]
         began = self._clock()
-        loop = asyncio.get_running_loop()
-        vectors, bad = await loop.run_in_executor(self._executor, _called, checked, engine, inputs)
+        vectors, bad = await self._on_device(checked, engine, inputs)
         took_s = self._clock() - began
         self._paces[model].learn(padded(tokens), took_s)
+        self._budget(model).fits(padded(tokens), began)
         self._tally.batches += 1
         self._tally.inputs += len(members)
         self._tally.tokens += sum(tokens)
@@ -177,7 +230,7 @@ class Runner:
         return vectors, bad
 
 
-def _called(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+def called(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """Call it in the model's thread; StopIteration, which no Future can carry, would hang us."""
     try:
         return function(*args, **kwargs)
@@ -190,16 +243,11 @@ def gone() -> ModelUnavailable:
     return ModelUnavailable("The model's replica has failed or is leaving.", retry_after_s=5)
 
 
-def _out_of_memory(error: Exception) -> bool:
-    """Also torch's own, which is not imported here."""
-    return isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
-
-
 def _blame(error: Exception) -> PoisonInput:
     """What the owner of an input that fails alone is told; the runtime's own words may leak."""
     if isinstance(error, PoisonInput):
         return error
-    if _out_of_memory(error):
+    if out_of_memory(error):
         message = "The device has too little memory for this input."
         return PoisonInput(message, code="out_of_memory")
     return PoisonInput("The model failed on this input.")

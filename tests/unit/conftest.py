@@ -7,8 +7,10 @@ from concurrent.futures import Executor, Future
 import numpy as np
 import pytest
 
-from serve.config import Admission, Batch, Model
+from serve.config import Admission, Batch, Model, Pool
 from serve.embedding.fake import FakeEngine, Faults
+from serve.embedding.holdings import Holdings
+from serve.embedding.profiles import Profile
 from serve.errors import ModelUnavailable, NotFound
 from serve.flows.batching import Batcher
 from serve.records import EmbedCall, EmbedReply, Input, InputKind, Vector
@@ -94,23 +96,46 @@ class Spy:
 
 
 class Rig:
-    """A batcher with one or two spied engines, on frozen time and a device that can be held.
+    """A batcher with two spied engines (`only`: which), on frozen time, a device and a loader that can be held.
 
     The pace is that of the engines: 1 ms a padded token (`m`) and 10 ms (`n`), and `overhead_s`
-    for each batch.
+    for each batch. `pool` are settings of it, `loose` the models that are not pinned: those are not
+    loaded yet. Each takes 100 bytes; `load_fault` may raise.
     """
 
     def __init__(
-        self, clock, *, device: Executor | None = None, faults=None, overhead_s=0.0, **batch
+        self,
+        clock,
+        *,
+        device: Executor | None = None,
+        faults=None,
+        overhead_s=0.0,
+        pool=(),
+        loose="",
+        only="mn",
+        **batch,
     ) -> None:
         self.overhead_s = overhead_s
         models = [
-            model.model_copy(update={"fake_ms_per_batch": overhead_s * 1e3})
+            model.model_copy(
+                update={"fake_ms_per_batch": overhead_s * 1e3, "pinned": model.id not in loose}
+            )
             for model in (MODEL, OTHER)
+            if model.id in only
         ]
         self.engines = {model.id: Spy(model, clock, faults) for model in models}
         self.spy = self.engines["m"]
         self.probed: list[str] = []
+        self.log: list[tuple[str, str]] = []
+        self.relieved = 0
+        self.load_fault: Callable[[str], None] | None = None
+        self.holdings = Holdings(Pool(models=models, **dict(pool)))
+        for model in models:
+            if model.pinned:
+                self.holdings.loaded(model.id, 100, clock())
+            else:
+                self.holdings.expect(model.id, 100)
+        self.loader = Device()
         self.device = device or Device()
         self.batcher = Batcher(
             self,
@@ -119,6 +144,7 @@ class Rig:
             batch=Batch(**({"item_overhead_tokens": 0} | batch)),
             executor=self.device,
             clock=clock,
+            loader=self.loader,
         )
         self.tasks: list[asyncio.Task] = []
         self.running = asyncio.create_task(self.batcher.run())
@@ -128,12 +154,39 @@ class Rig:
             raise NotFound(f"no {model_id}", param="model")
         return self.engines[model_id]
 
-    def warm_times(self, model_id: str) -> list[tuple[int, float]]:
+    def profile(self, model_id: str) -> Profile | None:
+        if not self.holdings.is_open(model_id) and ("load", model_id) not in self.log:
+            return None
         token_s = {"m": 0.001, "n": 0.01}[model_id]
-        return [(size, self.overhead_s + size * token_s) for size in (8, 1000)]
+        return Profile(
+            overhead_s=self.overhead_s,
+            token_s=token_s,
+            budget_tokens=10**7,
+            bytes=100,
+            engine="Spy",
+            made_of={},
+        )
+
+    def load_one(self, model_id: str) -> Profile:
+        if self.load_fault is not None:
+            self.load_fault(model_id)
+        self._known_good(model_id)
+        self.log.append(("load", model_id))
+        profile = self.profile(model_id)
+        assert profile is not None
+        return profile
+
+    def unload(self, model_id: str) -> None:
+        self.log.append(("unload", model_id))
+
+    def relieve(self) -> None:
+        self.relieved += 1
 
     def probe(self, model_id: str) -> None:
         self.probed.append(model_id)
+        self._known_good(model_id)
+
+    def _known_good(self, model_id: str) -> None:
         vectors = self.engines[model_id].forward([Input(ids=np.ones(3, np.int32))])
         if vectors.shape != (1, self.engines[model_id].dimensions) or np.isnan(vectors).any():
             raise ModelUnavailable("its vectors are not finite")
@@ -156,9 +209,10 @@ class Rig:
 
     async def release(self) -> None:
         """Let the device work until every call is answered."""
-        self.device.held = False
-        while self.device.waiting:
-            await self.device.step()
+        self.device.held = self.loader.held = False
+        for device in (self.device, self.loader):
+            while device.waiting:
+                await device.step()
         async with asyncio.timeout(10):
             await asyncio.gather(*self.tasks, return_exceptions=True)
 

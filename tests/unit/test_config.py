@@ -153,6 +153,14 @@ def test_folders_of_graphs_go_with_the_data_folder_unless_they_are_absolute(tmp_
     placed = Settings.model_validate({"pools": pools}).under(tmp_path / "data")
     assert placed.data_dir == str(tmp_path / "data")
     assert [pool.graphs for pool in placed.pools] == [str(tmp_path / "data/graphs"), "/opt/graphs"]
+    assert {pool.profiles for pool in placed.pools} == {str(tmp_path / "data/profiles")}
+
+
+def test_a_pinned_model_is_not_unloaded():
+    model = FAKE | {"unload_after_s": 60}
+    assert Settings.model_validate({"pools": [{"models": [model | {"pinned": False}]}]})
+    with pytest.raises(ValidationError, match="models that are not pinned"):
+        Settings.model_validate({"pools": [{"models": [model]}]})
 
 
 @pytest.mark.parametrize(

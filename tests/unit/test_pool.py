@@ -1,6 +1,7 @@
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from serve.config import Batch, Model, Settings
 from serve.config import Pool as PoolSettings
+from serve.embedding import memory
 from serve.embedding.fake import FakeEngine, Faults
 from serve.embedding.files import WEIGHTS, model_folder, revision, verify
 from serve.embedding.guard import checked
@@ -41,9 +43,14 @@ class Spy(FakeEngine):
         super().__init__(model, sleep=clock.advance if clock else None, faults=faults)
         self.shapes: list[tuple[int, int]] = []
         self.closed = 0
+        self.clock = clock
+        self.took_s: Callable[[int], float] = lambda _: 0.0
 
     def forward(self, batch: Sequence[Input]) -> Vector:
-        self.shapes.append((len(batch), max(len(one.ids) for one in batch)))
+        inputs, tokens = len(batch), max(len(one.ids) for one in batch)
+        self.shapes.append((inputs, tokens))
+        if self.clock:
+            self.clock.advance(self.took_s(inputs * tokens))
         return super().forward(batch)
 
     def close(self) -> None:
@@ -53,17 +60,47 @@ class Spy(FakeEngine):
 # --- pool -----------------------------------------------------------------------------------
 
 
-def test_warm_up_runs_each_shape_twice_and_measures_the_second(clock) -> None:
+def test_warm_up_runs_each_shape_three_times_and_keeps_the_fastest_but_the_first(clock) -> None:
     model = fake(fake_ms_per_batch=10, fake_ms_per_token=0.5)
     spy = Spy(model, clock)
     loaded = pool(clock, model, engines={"fake": spy})
     loaded.load()
-    assert spy.shapes == [(1, 3), (1, 3), (1, 64), (1, 64), (4, 64), (4, 64)]
-    assert loaded.warm_times("fake") == (
-        (3, pytest.approx(0.0115)),
-        (64, pytest.approx(0.042)),
-        (256, pytest.approx(0.138)),
-    )
+    assert spy.shapes == [shape for shape in ((1, 3), (1, 64), (2, 64), (4, 64)) for _ in range(3)]
+    profile = loaded.profile("fake")
+    assert profile.pace.seconds(256) == pytest.approx(0.138)
+    assert profile.pace.seconds(3) == pytest.approx(0.0115)
+    assert profile.budget_tokens == 256
+
+
+def test_a_warm_up_does_what_it_need_not_only_within_a_bound(clock) -> None:
+    def warmed(ms_per_token: float) -> dict[tuple[int, int], int]:
+        spy = Spy(fake(fake_ms_per_token=ms_per_token), clock)
+        pool(clock, fake(), engines={"fake": spy}).load()
+        return dict(Counter(spy.shapes))
+
+    assert warmed(1) == {(1, 3): 3, (1, 64): 3, (2, 64): 3, (4, 64): 2}
+    assert warmed(2) == {(1, 3): 3, (1, 64): 3, (4, 64): 3}
+    assert warmed(20) == {(1, 3): 3, (1, 64): 2, (4, 64): 2}
+
+
+def test_a_device_that_is_best_with_less_gets_less(clock) -> None:
+    """Here memory bandwidth ends at two inputs."""
+    spy = Spy(fake(), clock)
+    spy.took_s = lambda padded: 0.01 + padded * (0.0001 if padded <= 128 else 0.0005)
+    settings = PoolSettings(models=(fake(),), batch=Batch(tokens_max=256, tokens_min=8))
+    loaded = Pool(settings, clock=clock, builders={"fake": lambda *_: spy})
+    loaded.load()
+    assert loaded.profile("fake").budget_tokens == 128
+
+
+def test_a_batch_that_memory_does_not_allow_ends_the_warm_up_not_the_start(clock) -> None:
+    spy = Spy(fake(fake_ms_per_batch=10), clock, faults=Faults(oom_above_tokens=200))
+    loaded = pool(clock, fake(), engines={"fake": spy})
+    loaded.load()
+    assert loaded.profile("fake").budget_tokens == 128
+    spy = Spy(fake(), clock, faults=Faults(oom_above_tokens=20))  # one input is too much
+    with pytest.raises(MemoryError):
+        pool(clock, fake(), engines={"fake": spy}).load()
 
 
 def test_probe_is_one_short_pass(clock) -> None:
@@ -88,7 +125,7 @@ def test_engines_by_id_and_an_unknown_model(clock) -> None:
     loaded = pool(clock, fake("a"), fake("b"))
     loaded.load()
     assert loaded.engine("a") is not loaded.engine("b")
-    for ask in (loaded.engine, loaded.warm_times, loaded.probe):
+    for ask in (loaded.engine, loaded.profile, loaded.probe, loaded.load_one):
         with pytest.raises(NotFound) as caught:
             ask("c")
         assert caught.value.code == "model_not_found"
@@ -124,11 +161,111 @@ def test_the_checksum_stands_before_the_engine(clock) -> None:
     assert not built
 
 
+# --- one at a time --------------------------------------------------------------------------
+
+
+class Gauge:
+    """Memory of this process: what live engines say they take."""
+
+    def __init__(self) -> None:
+        self.live: dict[str, int] = {}
+
+    def __call__(self) -> int:
+        return 1000 + sum(self.live.values())
+
+
+class Heavy(Spy):
+    def __init__(self, model: Model, gauge: Gauge) -> None:
+        super().__init__(model)
+        self.name, self.gauge = model.id, gauge
+        gauge.live[model.id] = model.fake_bytes
+
+    def close(self) -> None:
+        super().close()
+        del self.gauge.live[self.name]
+
+
+def heavy(clock, *models: Model, **fields) -> Pool:
+    gauge = Gauge()
+    builders = {"fake": lambda model, _: Heavy(model, gauge)}
+    return Pool(PoolSettings(models=models, **fields), clock=clock, builders=builders, held=gauge)
+
+
+def test_only_pinned_models_are_loaded_at_the_start(clock) -> None:
+    loaded = heavy(clock, fake("a", fake_bytes=70), fake("b", pinned=False, fake_bytes=50))
+    loaded.load()
+    assert loaded.holdings.counts()["a"][1] == loaded.holdings.bytes == 70
+    assert loaded.profile("b") is None
+    with pytest.raises(ModelUnavailable):
+        loaded.engine("b")
+    assert loaded.load_one("b").bytes == 50
+    engine = loaded.engine("b")
+    loaded.unload("b")
+    loaded.unload("b")
+    assert engine.closed == 1
+    assert loaded.profile("b").bytes == 50  # known for the next time
+
+
+def test_a_second_load_does_only_what_shows_that_it_works(clock) -> None:
+    loaded = heavy(clock, fake("a", fake_bytes=70))
+    loaded.load()
+    loaded.unload("a")
+    assert loaded.load_one("a").bytes == 70
+    assert loaded.engine("a").shapes == [(1, 3), (16, 64)]
+
+
+def test_a_model_takes_no_less_than_at_its_first_load(clock) -> None:
+    """Later its pages may be ones that the process has kept."""
+    loaded = heavy(clock, fake("a", fake_bytes=70))
+    loaded.load()
+    loaded.unload("a")
+    loaded._held = lambda: 5
+    assert loaded.load_one("a").bytes == 70
+
+
+def test_pinned_models_must_fit_together(clock) -> None:
+    models = [fake(name, fake_bytes=70) for name in "ab"]
+    heavy(clock, *models, memory_bytes_max=140).load()
+    loaded = heavy(clock, *models, memory_bytes_max=139)
+    with pytest.raises(ModelUnavailable, match=r"b takes 70 bytes beside 70 .* has 139"):
+        loaded.load()
+    with pytest.raises(ModelUnavailable):
+        loaded.engine("a")
+
+
+def test_a_model_that_fails_its_warm_up_leaves_nothing(clock) -> None:
+    bad = Spy(fake("bad"), faults=Faults(not_finite=frozenset({(1, 1, 1)})))
+    loaded = pool(
+        clock, fake("good"), fake("bad", pinned=False), engines={"good": Spy(fake()), "bad": bad}
+    )
+    loaded.load()
+    with pytest.raises(ModelUnavailable, match="not finite"):
+        loaded.load_one("bad")
+    assert bad.closed == 1
+    assert loaded.profile("bad") is None
+    assert loaded.engine("good").closed == 0
+
+
+def test_what_a_fake_model_takes_is_memory_of_this_process() -> None:
+    engine = FakeEngine(fake(fake_bytes=2**26))
+    assert engine._ballast.nbytes == 2**26
+    held = memory.resident_bytes()
+    engine.close()
+    memory.give_back()
+    assert memory.resident_bytes() < held - 2**25 or held == 0
+
+
 # --- torch in ONNX Runtime's place ------------------------------------------------------------
 
 
 def no_graph(_model: Model, _settings: PoolSettings) -> FakeEngine:
     raise ModelUnavailable("it differs from torch")
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch) -> None:
+    """Profiles are written where the pool runs."""
+    monkeypatch.chdir(tmp_path)
 
 
 def with_onnx(clock, engines, **fields) -> Pool:

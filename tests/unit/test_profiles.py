@@ -1,0 +1,165 @@
+"""What a warm-up measured is kept, found again, and never believed when it is of something else."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from serve.config import Batch, Settings
+from serve.config import Pool as PoolSettings
+from serve.embedding import profiles
+from serve.embedding.fake import FakeEngine
+from serve.embedding.pool import Pool
+from serve.embedding.profiles import Place, Profile, Profiles, cpu_name
+
+
+MINILM = Settings().pools[0].models[0]
+PLACE = Place("a CPU", 2, Batch())
+
+
+def profile(kept: Profiles, **fields) -> Profile:
+    values = {
+        "overhead_s": 0.004,
+        "token_s": 0.0002,
+        "budget_tokens": 512,
+        "bytes": 90_000_000,
+        "engine": "OnnxEngine",
+        "made_of": kept.made_of(MINILM),
+    }
+    return Profile(**(values | fields))
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Profiles:
+    return Profiles(tmp_path / "data" / "profiles", PLACE)
+
+
+def only_file(folder: Path) -> Path:
+    [path] = folder.rglob("*.*")
+    return path
+
+
+def test_it_is_found_as_it_was_kept(kept: Profiles, tmp_path: Path) -> None:
+    assert kept.find(MINILM) is None
+    kept.keep(MINILM, profile(kept))
+    assert kept.find(MINILM) == profile(kept)
+    assert only_file(tmp_path).name.startswith("53aa51172d14-")
+    assert profile(kept).pace.seconds(1000) == pytest.approx(0.204)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        Place("another", 2, Batch()),
+        Place("a CPU", 4, Batch()),
+        Place("a CPU", 2, Batch(tokens_max=64)),
+    ],
+)
+def test_it_is_of_one_device_with_its_threads_and_bounds(kept, tmp_path, place: Place) -> None:
+    kept.keep(MINILM, profile(kept))
+    assert Profiles(tmp_path / "data" / "profiles", place).find(MINILM) is None
+
+
+def test_it_is_of_one_model_and_engine_however_it_is_called(kept: Profiles) -> None:
+    kept.keep(MINILM, profile(kept))
+    for change in ({"sha256": "0" * 64}, {"engine": "sentence_transformers"}, {"tokens_max": 128}):
+        assert kept.find(MINILM.model_copy(update=change)) is None
+    for change in ({"id": "b"}, {"pinned": False}, {"query_prefix": "q"}, {"source": "/elsewhere"}):
+        assert kept.find(MINILM.model_copy(update=change)) is not None
+
+
+def test_it_is_of_one_set_of_versions(kept: Profiles, monkeypatch) -> None:
+    kept.keep(MINILM, profile(kept))
+    monkeypatch.setattr(profiles, "versions", lambda: {"torch": "3"})
+    assert kept.find(MINILM) is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda _: "",
+        lambda _: "\0" * 100,
+        lambda text: text.replace('"token_s": 0.0002', '"token_s": -1'),
+        lambda text: text.replace('"token_s": 0.0002', '"token_s": NaN'),
+        lambda text: text.replace('"bytes"', '"bits"'),
+        lambda text: json.dumps(json.loads(text) | {"made_of": {"device": "another"}}),
+    ],
+)
+def test_a_damaged_or_foreign_file_is_ignored_and_made_anew(kept, tmp_path, damage, caplog) -> None:
+    kept.keep(MINILM, profile(kept))
+    path = only_file(tmp_path)
+    path.write_text(damage(path.read_text()))
+    assert kept.find(MINILM) is None
+    assert "measured again" in caplog.text
+    kept.keep(MINILM, profile(kept))
+    assert kept.find(MINILM) == profile(kept)
+
+
+def test_a_folder_that_cannot_be_written_is_no_failure(tmp_path: Path, caplog) -> None:
+    (tmp_path / "file").write_text("")
+    kept = Profiles(tmp_path / "file" / "profiles", PLACE)
+    kept.keep(MINILM, profile(kept))
+    assert "cannot be written" in caplog.text
+    assert kept.find(MINILM) is None
+
+
+def test_the_cpu_has_a_name(monkeypatch, tmp_path) -> None:
+    assert cpu_name()
+    monkeypatch.setattr(profiles, "CPUINFO", tmp_path / "none")
+    assert cpu_name()
+    (tmp_path / "none").write_text(
+        "processor : 0\nmodel name\t: Fast CPU @ 3GHz\nmodel name : other\n"
+    )
+    assert cpu_name() == "Fast CPU @ 3GHz"
+
+
+# --- over starts of a pool --------------------------------------------------------------------
+
+
+class Counted(FakeEngine):
+    passes = 0
+
+    def forward(self, batch):
+        type(self).passes += 1
+        return super().forward(batch)
+
+
+class Other(Counted):
+    """Stands for torch in a graph's place."""
+
+
+def start(clock, folder: Path, engine=Counted, *, pinned: bool = True) -> Pool:
+    model = MINILM.model_copy(update={"tokens_max": 64, "pinned": pinned})
+    fake = model.model_copy(update={"fake_ms_per_batch": 10, "fake_ms_per_token": 0.1})
+    settings = PoolSettings(
+        models=(model,), profiles=str(folder), batch=Batch(tokens_max=256, items_max=16)
+    )
+    engine.passes = 0
+    builders = {"onnx": lambda *_: engine(fake, sleep=clock.advance)}
+    pool = Pool(settings, clock=clock, builders=builders)
+    pool.load()
+    return pool
+
+
+def test_the_next_start_needs_two_passes(clock, tmp_path: Path) -> None:
+    first = start(clock, tmp_path).profile(MINILM.id)
+    assert Counted.passes == 12
+    assert first.pace.seconds(1000) == pytest.approx(0.11)
+    again = start(clock, tmp_path).profile(MINILM.id)
+    assert Counted.passes == 2
+    assert again.model_copy(update={"bytes": 0}) == first.model_copy(update={"bytes": 0})
+
+
+def test_a_model_that_is_not_loaded_is_known_by_its_profile(clock, tmp_path: Path) -> None:
+    assert start(clock, tmp_path, pinned=False).profile(MINILM.id) is None
+    start(clock, tmp_path)
+    assert start(clock, tmp_path, pinned=False).profile(MINILM.id) is not None
+
+
+def test_a_profile_of_another_engine_is_measured_anew(clock, tmp_path: Path) -> None:
+    start(clock, tmp_path)
+    start(clock, tmp_path, Other)
+    assert Other.passes == 12
+    start(clock, tmp_path, Other)
+    assert Other.passes == 2
