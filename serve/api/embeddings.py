@@ -1,12 +1,13 @@
 """`POST /v1/embeddings`, as OpenAI's specification has it."""
 
-from typing import Any
+from typing import Any, get_args
 
 from fastapi import APIRouter, Response
 
 from serve.api.service import DEADLINE_PARAMETER, Asked
 from serve.api.shapes import EmbeddingList
 from serve.api.wire import read_json, reply, required_body
+from serve.embedding.quantise import Dtype
 from serve.flows.exchange import answer, parse
 
 
@@ -39,6 +40,11 @@ SCHEMA: dict[str, Any] = {
             "enum": ["NONE", "START", "END", None],
             "description": "Which side of too long an input may go; NONE refuses it.",
         },
+        "output_dtype": {
+            "type": ["string", "null"],
+            "enum": [*get_args(Dtype), None],
+            "description": "What a vector is written as; null is float.",
+        },
     },
 }
 
@@ -50,9 +56,10 @@ SCHEMA: dict[str, Any] = {
 )
 async def embeddings(ask: Asked) -> Response:
     """Embed texts or token ids; vectors come back in input order, of unit length."""
-    body = await read_json(ask.request)
-    wanted, encoding = parse(body, ask.service.context.settings.limits)
+    context = ask.service.context
+    wanted, encoding = parse(await read_json(ask.request), context.settings.limits)
     done = await ask.service.embed.embed(ask.who, wanted, ask.id, until=ask.until)
     ask.timed(done.timing)
+    model = context.models.find(wanted.model).model
     headers = {"x-truncated-inputs": str(len(done.cuts))} if done.cuts else None
-    return reply(answer(done, encoding, body["model"]), headers=headers)
+    return reply(answer(done, wanted, encoding, model), headers=headers)

@@ -40,6 +40,13 @@ class Model(Section):
         default=False,
         description="Whether vectors may be cut (`dimensions`); only if trained for it.",
     )
+    int8_spread: float = Field(
+        5,
+        gt=0,
+        le=200,
+        description="How far `int8` and `uint8` outputs reach, in units of 1/sqrt(dimensions), the mean size "
+        "of a component; what is beyond is clipped.",
+    )
     owned_by: str = Field("headrace", max_length=128, description="Shown by the models route.")
     created: int = Field(0, ge=0, description="Unix time shown by the models route.")
     query_prefix: str = Field("", max_length=1024, description="Put before a search query.")

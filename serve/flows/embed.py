@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from serve.embedding.quantise import BITS, Dtype
 from serve.errors import BadInput, PoisonInput, ServiceError
 from serve.flows.context import Context, Timing, left, within
 from serve.flows.models import Served
@@ -21,8 +22,8 @@ TruncateSide = Literal["NONE", "START", "END"]
 class EmbedRequest:
     """What a caller wants: either `texts` or `ids` is set.
 
-    `truncate` says which side of too long an input may go: NONE refuses it instead. `param` is
-    what an error calls an input, by its index.
+    `truncate` says which side of too long an input may go: NONE refuses it instead. `dtype` is what the
+    vectors are written as in the end. `param` is what an error calls an input, by its index.
     """
 
     model: str
@@ -30,6 +31,7 @@ class EmbedRequest:
     ids: Sequence[Sequence[int]] | None = None
     dimensions: int | None = None
     truncate: TruncateSide = "NONE"
+    dtype: Dtype = "float"
     param: str = "input[{}]"
 
 
@@ -92,7 +94,7 @@ class EmbedFlow:
         what `ports.Embedder.embed` raises. An input that fails alone fails the request, by index.
         """
         served = self._models.find(request.model)
-        size = size_of(served, request.dimensions)
+        size = size_of(served, request)
         deadline_s = self._settings.limits.interactive_deadline_s
         work = Work(caller, request_id, "interactive", deadline_s, until)
         admitted = partial(self._quotas.admitted, caller, "interactive")
@@ -192,20 +194,24 @@ def _token_rows(served: Served, request: EmbedRequest) -> list[TokenIds]:
     return rows
 
 
-def size_of(served: Served, wanted: int | None) -> int:
-    """The length to cut vectors to. Raises BadInput when the model cannot."""
-    own = served.model.dimensions
-    if wanted is None or wanted == own:
-        return own
-    if not served.model.matryoshka:
+def size_of(served: Served, request: EmbedRequest) -> int:
+    """The length to cut vectors to. Raises BadInput when the model cannot, or `dtype` cannot hold it."""
+    own, wanted = served.model.dimensions, request.dimensions
+    size = own if wanted is None else wanted
+    if size != own and not served.model.matryoshka:
         raise BadInput(
             f"The model {served.model.id} has {own} dimensions and was not trained to be cut.",
             param="dimensions",
             code="dimensions_not_supported",
         )
-    if not 1 <= wanted <= own:
+    if not 1 <= size <= own:
         raise BadInput(f"dimensions must be between 1 and {own}.", param="dimensions")
-    return wanted
+    if request.dtype in BITS and size % 8:
+        raise BadInput(
+            f"{request.dtype} packs 8 dimensions into a byte, and {size} is no multiple of 8.",
+            param="output_dtype",
+        )
+    return size
 
 
 def cut(vectors: Vector, size: int) -> Vector:
