@@ -76,12 +76,12 @@ class Ingress:
         replica = get_replica_context().replica_tag
         self._quotas = open_quotas(settings, self._store, replica, settings.ingress.replicas)
         self._feed = Feed(self._store, time.monotonic)
+        self.service = self._wire(settings)
         self._tasks = [
             asyncio.create_task(self._quotas.run()),
             asyncio.create_task(self._feed.run()),
-            asyncio.create_task(publish(self._quotas)),
+            asyncio.create_task(publish(self._quotas, self.service.embed.reuse)),
         ]
-        self.service = self._wire(settings)
 
     def _wire(self, settings: Settings) -> Service:
         context = Context(
@@ -93,7 +93,7 @@ class Ingress:
             time.time,
         )
         index = LanceIndex(str(Path(settings.data_dir) / settings.index.uri), settings.index)
-        embed = EmbedFlow(context)
+        embed = EmbedFlow(context, kept_bytes_max=settings.cache.bytes_max)
         collections = CollectionFlow(context, self._store, self._upserter)
         queues = LedgerPort(settings)
         blobs = LocalBlobs(Path(settings.data_dir) / settings.files.folder)

@@ -8,6 +8,7 @@ from serve.api.service import DEADLINE_PARAMETER, Asked
 from serve.api.shapes import EmbeddingList
 from serve.api.wire import read_json, reply, required_body
 from serve.embedding.quantise import Dtype
+from serve.flows.embed import Embedded
 from serve.flows.exchange import answer, parse
 
 
@@ -61,5 +62,9 @@ async def embeddings(ask: Asked) -> Response:
     done = await ask.service.embed.embed(ask.who, wanted, ask.id, until=ask.until)
     ask.timed(done.timing)
     model = context.models.find(wanted.model).model
-    headers = {"x-truncated-inputs": str(len(done.cuts))} if done.cuts else None
-    return reply(answer(done, wanted, encoding, model), headers=headers)
+    return reply(answer(done, wanted, encoding, model), headers=_headers(done))
+
+
+def _headers(done: Embedded) -> dict[str, str]:
+    counts = {"x-truncated-inputs": len(done.cuts), "x-cached-inputs": done.cached}
+    return {name: str(count) for name, count in counts.items() if count}

@@ -148,6 +148,25 @@ def default_pools() -> tuple[Pool, ...]:
     return (Pool(models=(minilm,)),)
 
 
+class Cache(Section):
+    """What is not computed twice. Inputs are equal when their token ids are, for the same model."""
+
+    scope: Literal["tenant", "shared", "none"] = Field(
+        "tenant",
+        description="Who gets a vector that was computed before: `tenant` is only the tenant it was "
+        "computed for; `shared` is every tenant, who can then tell by the time of an answer, and by "
+        "`x-cached-inputs`, whether somebody has embedded a text lately; `none` computes every input, "
+        "also of equal ones at the same time.",
+    )
+    bytes_max: int = Field(
+        64 * 2**20,
+        ge=0,
+        le=2**40,
+        description="Memory for vectors in each ingress replica, about 2 kB each of 384 dimensions; the least "
+        "recently used go first. 0 keeps none.",
+    )
+
+
 class Chunking(Section):
     """How documents are cut."""
 
