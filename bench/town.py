@@ -112,6 +112,7 @@ def _config(folder: Path, policies: Sequence[str], batch: Mapping[str, float], c
         "capped": CAPPED,
     }
     args["limits"] = {"interactive_deadline_s": 120, "bulk_deadline_s": 280}
+    args["cache"] = {"scope": "none"}  # loads repeat their texts
     pool = args["pools"][0]
     args["pools"] = [
         {

@@ -75,15 +75,15 @@ class Ingress:
         replica = get_replica_context().replica_tag
         self._quotas = open_quotas(settings, self._store, replica, settings.ingress.replicas)
         self._feed = Feed(self._store, time.monotonic)
+        index = LanceIndex(str(Path(settings.data_dir) / settings.index.uri), settings.index)
+        self.service = self._wire(settings, index)
         self._tasks = [
             asyncio.create_task(self._quotas.run()),
             asyncio.create_task(self._feed.run()),
-            asyncio.create_task(publish(self._quotas)),
+            asyncio.create_task(publish(self._quotas, self.service.embed.reuse)),
             *(asyncio.create_task(one.run()) for one in self._embedders.values()),
+            asyncio.create_task(self._warm(index)),
         ]
-        index = LanceIndex(str(Path(settings.data_dir) / settings.index.uri), settings.index)
-        self._tasks.append(asyncio.create_task(self._warm(index)))
-        self.service = self._wire(settings, index)
 
     def _wire(self, settings: Settings, index: LanceIndex) -> Service:
         context = Context(
@@ -94,7 +94,7 @@ class Ingress:
             time.monotonic,
             time.time,
         )
-        embed = EmbedFlow(context)
+        embed = EmbedFlow(context, kept_bytes_max=settings.cache.bytes_max)
         collections = CollectionFlow(context, self._store, self._upserter)
         queues = LedgerPort(settings)
         blobs = LocalBlobs(Path(settings.data_dir) / settings.files.folder)

@@ -96,12 +96,14 @@ class EmbedReply:
     """Vectors in input order: float32, shape (inputs, dimensions), rows of unit length.
 
     `failures` names the inputs that have no vector; their rows are zero and must not be used.
+    `cached` counts those that no embedder was asked for, since their vectors were at hand.
     """
 
     vectors: Vector
     failures: tuple[tuple[int, ServiceError], ...] = ()
     queue_ms: float = 0.0
     infer_ms: float = 0.0
+    cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,7 +136,7 @@ class Ceiling:
             time.monotonic,
             time.time,
         )
-        embed = EmbedFlow(context)
+        embed = EmbedFlow(context, kept_bytes_max=settings.cache.bytes_max)
         collections = CollectionFlow(context, store, self._writer)
         blobs = LocalBlobs(Path(settings.data_dir) / settings.files.folder)
         files = FileFlow(context, store, blobs)

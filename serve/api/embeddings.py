@@ -1,12 +1,14 @@
 """`POST /v1/embeddings`, as OpenAI's specification has it."""
 
-from typing import Any
+from typing import Any, get_args
 
 from fastapi import APIRouter, Response
 
 from serve.api.service import DEADLINE_PARAMETER, Asked
 from serve.api.shapes import EmbeddingList
 from serve.api.wire import read_json, reply, required_body
+from serve.embedding.quantise import Dtype
+from serve.flows.embed import Embedded
 from serve.flows.exchange import answer, parse
 
 
@@ -39,6 +41,11 @@ SCHEMA: dict[str, Any] = {
             "enum": ["NONE", "START", "END", None],
             "description": "Which side of too long an input may go; NONE refuses it.",
         },
+        "output_dtype": {
+            "type": ["string", "null"],
+            "enum": [*get_args(Dtype), None],
+            "description": "What a vector is written as; null is float.",
+        },
     },
 }
 
@@ -50,9 +57,14 @@ SCHEMA: dict[str, Any] = {
 )
 async def embeddings(ask: Asked) -> Response:
     """Embed texts or token ids; vectors come back in input order, of unit length."""
-    body = await read_json(ask.request)
-    wanted, encoding = parse(body, ask.service.context.settings.limits)
+    context = ask.service.context
+    wanted, encoding = parse(await read_json(ask.request), context.settings.limits)
     done = await ask.service.embed.embed(ask.who, wanted, ask.id, until=ask.until)
     ask.timed(done.timing)
-    headers = {"x-truncated-inputs": str(len(done.cuts))} if done.cuts else None
-    return reply(answer(done, encoding, body["model"]), headers=headers)
+    model = context.models.find(wanted.model).model
+    return reply(answer(done, wanted, encoding, model), headers=_headers(done))
+
+
+def _headers(done: Embedded) -> dict[str, str]:
+    counts = {"x-truncated-inputs": len(done.cuts), "x-cached-inputs": done.cached}
+    return {name: str(count) for name, count in counts.items() if count}

@@ -47,7 +47,7 @@ class Usage(Shape):
 
 
 class Embedding(Shape):
-    """One vector: numbers, or the base64 of little-endian float32."""
+    """One vector: numbers, or the base64 of their bytes: little-endian float32 unless `output_dtype` says other."""
 
     object: Literal["embedding"]
     index: int

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from serve.config.admission import Admission, Ledger, Limits
 from serve.config.egress import Egress, Webhooks
-from serve.config.embedding import Batch, Chunking, Model, Pool, default_pools
+from serve.config.embedding import Batch, Cache, Chunking, Model, Pool, default_pools
 from serve.config.index import Buffer, Index
 from serve.config.jobs import Files, Jobs, Store
 from serve.config.processes import Actors, Ingress, Worker
@@ -25,6 +25,7 @@ __all__ = [
     "Admission",
     "Batch",
     "Buffer",
+    "Cache",
     "Chunking",
     "Egress",
     "Files",
@@ -57,6 +58,7 @@ class Settings(Section):
         default_factory=default_pools, min_length=1, max_length=16, description="Models."
     )
     ingress: Ingress = Field(default=Ingress(), description="The HTTP door.")
+    cache: Cache = Field(default=Cache(), description="What is not computed twice.")
     chunking: Chunking = Field(default=Chunking(), description="How documents are cut.")
     index: Index = Field(default=Index(), description="Where vectors land.")
     buffer: Buffer = Field(default=Buffer(), description="How writes wait for a bulk upsert.")

@@ -40,6 +40,13 @@ class Model(Section):
         default=False,
         description="Whether vectors may be cut (`dimensions`); only if trained for it.",
     )
+    int8_spread: float = Field(
+        5,
+        gt=0,
+        le=200,
+        description="How far `int8` and `uint8` outputs reach, in units of 1/sqrt(dimensions), the mean size "
+        "of a component; what is beyond is clipped.",
+    )
     owned_by: str = Field("headrace", max_length=128, description="Shown by the models route.")
     created: int = Field(0, ge=0, description="Unix time shown by the models route.")
     query_prefix: str = Field("", max_length=1024, description="Put before a search query.")
@@ -215,6 +222,25 @@ def default_pools() -> tuple[Pool, ...]:
         created=1630281600,
     )
     return (Pool(models=(minilm,)),)
+
+
+class Cache(Section):
+    """What is not computed twice. Inputs are equal when their token ids are, for the same model."""
+
+    scope: Literal["tenant", "shared", "none"] = Field(
+        "tenant",
+        description="Who gets a vector that was computed before: `tenant` is only the tenant it was "
+        "computed for; `shared` is every tenant, who can then tell by the time of an answer, and by "
+        "`x-cached-inputs`, whether somebody has embedded a text lately; `none` computes every input, "
+        "also of equal ones at the same time.",
+    )
+    bytes_max: int = Field(
+        64 * 2**20,
+        ge=0,
+        le=2**40,
+        description="Memory for vectors in each ingress replica, about 2 kB each of 384 dimensions; the least "
+        "recently used go first. 0 keeps none.",
+    )
 
 
 class Chunking(Section):

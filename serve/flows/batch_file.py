@@ -154,12 +154,14 @@ class BatchSheet(Sheet):
                 code="mismatched_model",
             )
         try:
-            size = size_of(self._served, wanted.dimensions)
+            size = size_of(self._served, wanted)
         except BadInput as error:
             raise within_body(error) from None
         if self._collection is not None:
             if size != self._collection.dimensions:
                 raise BadInput("The collection takes whole vectors.", param="body.dimensions")
+            if wanted.dtype != "float":
+                raise BadInput("What lands in a collection is float.", param="body.output_dtype")
             if wanted.texts is None:
                 raise BadInput("What lands in a collection must be text.", param="body.input")
 

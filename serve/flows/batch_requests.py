@@ -128,7 +128,7 @@ class RequestWork:
             served = self._models.find(request.wanted.model)
             if target.collection is not None:
                 check_revision(target.collection, served)
-            size = size_of(served, request.wanted.dimensions)
+            size = size_of(served, request.wanted)
             ids, cuts = await self._embed.tokenise(served, request.wanted)
         except ServiceError as error:
             return error
@@ -232,7 +232,7 @@ def _prepared(line: Line) -> Prepared:
 
 def _answer(job: Job, line: Line, done: Embedded) -> bytes:
     request = line.request
-    body = answer(done, request.encoding, request.wanted.model)
+    body = answer(done, request.wanted, request.encoding, line.served.model)
     return done_line(request_id(job.id, line.item.seq), request.custom_id, body)
 
 

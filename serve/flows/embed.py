@@ -1,16 +1,18 @@
-"""`POST /v1/embeddings`: tokenise -> quota -> embedder -> vectors in input order."""
+"""`POST /v1/embeddings`: tokenise -> quota -> what is at hand -> embedder -> vectors in input order."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import numpy as np
 
+from serve.embedding.quantise import BITS, Dtype
 from serve.errors import BadInput, PoisonInput, ServiceError
 from serve.flows.context import Context, Timing, left, within
 from serve.flows.models import Served
+from serve.flows.reuse import Rank, Reuse
 from serve.records import Caller, EmbedCall, EmbedReply, Input, Klass, TokenIds, Vector
 
 
@@ -21,8 +23,8 @@ TruncateSide = Literal["NONE", "START", "END"]
 class EmbedRequest:
     """What a caller wants: either `texts` or `ids` is set.
 
-    `truncate` says which side of too long an input may go: NONE refuses it instead. `param` is
-    what an error calls an input, by its index.
+    `truncate` says which side of too long an input may go: NONE refuses it instead. `dtype` is what the
+    vectors are written as in the end. `param` is what an error calls an input, by its index.
     """
 
     model: str
@@ -30,6 +32,7 @@ class EmbedRequest:
     ids: Sequence[Sequence[int]] | None = None
     dimensions: int | None = None
     truncate: TruncateSide = "NONE"
+    dtype: Dtype = "float"
     param: str = "input[{}]"
 
 
@@ -44,12 +47,16 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """Unit vectors, float32 (inputs, dimensions); `tokens` is what was used and is paid for."""
+    """Unit vectors, float32 (inputs, dimensions); `tokens` is what was used and is paid for.
+
+    `cached` inputs needed no model.
+    """
 
     vectors: Vector
     tokens: int
     timing: Timing
     cuts: tuple[Cut, ...] = ()
+    cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +74,30 @@ class Work:
     until: float | None = None
     priority: int = 0
 
+    @property
+    def rank(self) -> Rank:
+        """Of all work that is done at the same pace."""
+        return self.caller.tenant, self.klass, self.priority
+
 
 class EmbedFlow:
-    """Embeds texts and token ids; the other flows embed through it as well."""
+    """Embeds texts and token ids; the other flows embed through it as well.
 
-    def __init__(self, context: Context) -> None:
+    `reuse` holds what need not be computed again, at most `kept_bytes_max` of it; it is None where the
+    settings say that every input is computed.
+    """
+
+    def __init__(self, context: Context, *, kept_bytes_max: int = 0) -> None:
         self._settings = context.settings
         self._models = context.models
         self._quotas = context.quotas
         self._threads = context.threads
         self._clock = context.clock
+        self.reuse = (
+            Reuse(context.settings.cache, bytes_max=kept_bytes_max, clock=context.clock)
+            if context.settings.cache.scope != "none"
+            else None
+        )
 
     async def embed(
         self,
@@ -92,7 +113,7 @@ class EmbedFlow:
         what `ports.Embedder.embed` raises. An input that fails alone fails the request, by index.
         """
         served = self._models.find(request.model)
-        size = size_of(served, request.dimensions)
+        size = size_of(served, request)
         deadline_s = self._settings.limits.interactive_deadline_s
         work = Work(caller, request_id, "interactive", deadline_s, until)
         admitted = partial(self._quotas.admitted, caller, "interactive")
@@ -107,7 +128,7 @@ class EmbedFlow:
                     index, failure = reply.failures[0]
                     raise named(failure, request.param.format(index))
         timing = Timing(tokenise_ms, reply.queue_ms, reply.infer_ms)
-        return Embedded(cut(reply.vectors, size), tokens, timing, cuts)
+        return Embedded(cut(reply.vectors, size), tokens, timing, cuts, reply.cached)
 
     async def tokenise(
         self, served: Served, request: EmbedRequest
@@ -143,19 +164,44 @@ class EmbedFlow:
         return rows, tuple(cuts)
 
     async def run(self, work: Work, served: Served, ids: Sequence[TokenIds]) -> EmbedReply:
-        """Embed token ids, in one call or, above `slice_tokens`, in several at once.
+        """Embed token ids: equal ones once, and none whose vector is at hand or under way.
 
         Raises DeadlineExceeded before any call once `work.until` has passed.
         """
+
+        async def ask(rows: Sequence[TokenIds], deadline_s: float) -> EmbedReply:
+            return await served.embedder.embed(self._call(work, served, rows, deadline_s))
+
+        reuse = self.reuse
+        if reuse is None:
+            return await self._in_parts(
+                ids, lambda start, stop: ask(ids[start:stop], work.deadline_s)
+            )
+        lot = reuse.lot(work.caller.tenant, served, ids)
+        if not lot.rows:
+            return lot.filled(EmbedReply(np.empty((0, served.model.dimensions), np.float32)))
+        keys, rows = lot.keys, lot.rows
+
+        async def once(start: int, stop: int) -> EmbedReply:
+            part = slice(start, stop)
+            wait_s = work.deadline_s if work.until is None else left(work.until, self._clock)
+            return await reuse.once(work.rank, keys[part], rows[part], ask, deadline_s=wait_s)
+
+        return lot.filled(await self._in_parts(rows, once))
+
+    async def _in_parts(
+        self, ids: Sequence[TokenIds], act: Callable[[int, int], Awaitable[EmbedReply]]
+    ) -> EmbedReply:
+        """Act on all of them or, above `slice_tokens`, on several ranges at once."""
         parts = _parts([len(row) for row in ids], self._settings.ingress.slice_tokens)
+        if len(parts) == 1:
+            return await act(*parts[0])
         gate = asyncio.Semaphore(self._settings.ingress.slices_in_flight_max)
 
         async def one(start: int, stop: int) -> EmbedReply:
             async with gate:
-                return await served.embedder.embed(self._call(work, served, ids[start:stop]))
+                return await act(start, stop)
 
-        if len(parts) == 1:
-            return await one(*parts[0])
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(one(*part)) for part in parts]
@@ -163,7 +209,9 @@ class EmbedFlow:
             raise errors.exceptions[0] from None
         return _joined([task.result() for task in tasks], [start for start, _ in parts])
 
-    def _call(self, work: Work, served: Served, ids: Sequence[TokenIds]) -> EmbedCall:
+    def _call(
+        self, work: Work, served: Served, ids: Sequence[TokenIds], deadline_s: float
+    ) -> EmbedCall:
         caller = work.caller
         limit_s = None if work.until is None else left(work.until, self._clock)
         return EmbedCall(
@@ -174,7 +222,7 @@ class EmbedFlow:
             model=served.model.id,
             inputs=tuple(Input(ids=row) for row in ids),
             tokens=tuple(len(row) for row in ids),
-            deadline_s=work.deadline_s if limit_s is None else limit_s,
+            deadline_s=deadline_s if limit_s is None else limit_s,
             limit_s=limit_s,
             priority=work.priority,
         )
@@ -192,20 +240,24 @@ def _token_rows(served: Served, request: EmbedRequest) -> list[TokenIds]:
     return rows
 
 
-def size_of(served: Served, wanted: int | None) -> int:
-    """The length to cut vectors to. Raises BadInput when the model cannot."""
-    own = served.model.dimensions
-    if wanted is None or wanted == own:
-        return own
-    if not served.model.matryoshka:
+def size_of(served: Served, request: EmbedRequest) -> int:
+    """The length to cut vectors to. Raises BadInput when the model cannot, or `dtype` cannot hold it."""
+    own, wanted = served.model.dimensions, request.dimensions
+    size = own if wanted is None else wanted
+    if size != own and not served.model.matryoshka:
         raise BadInput(
             f"The model {served.model.id} has {own} dimensions and was not trained to be cut.",
             param="dimensions",
             code="dimensions_not_supported",
         )
-    if not 1 <= wanted <= own:
+    if not 1 <= size <= own:
         raise BadInput(f"dimensions must be between 1 and {own}.", param="dimensions")
-    return wanted
+    if request.dtype in BITS and size % 8:
+        raise BadInput(
+            f"{request.dtype} packs 8 dimensions into a byte, and {size} is no multiple of 8.",
+            param="output_dtype",
+        )
+    return size
 
 
 def cut(vectors: Vector, size: int) -> Vector:

@@ -6,12 +6,15 @@ from typing import Any, cast, get_args
 
 import numpy as np
 
-from serve.config import Limits
+from serve.config import Limits, Model
+from serve.embedding.quantise import Dtype, quantise
 from serve.errors import BadInput
 from serve.flows.embed import Embedded, EmbedRequest, TruncateSide
 
 
-KNOWN = frozenset({"model", "input", "encoding_format", "dimensions", "user", "truncate"})
+KNOWN = frozenset(
+    {"model", "input", "encoding_format", "dimensions", "user", "truncate", "output_dtype"}
+)
 
 
 def refuse_unknown(body: Mapping[str, Any], known: frozenset[str], limits: Limits) -> None:
@@ -35,15 +38,17 @@ def parse(body: Mapping[str, Any], limits: Limits) -> tuple[EmbedRequest, str]:
     if user is not None and not isinstance(user, str):
         raise BadInput("user must be a string.", param="user")
     side = cast("TruncateSide", _choice(body, "truncate", get_args(TruncateSide), "NONE"))
+    dtype = cast("Dtype", _choice(body, "output_dtype", get_args(Dtype), "float"))
     texts, ids = _inputs(body.get("input"), limits.inputs_max)
-    return EmbedRequest(model, texts, ids, dimensions, side), encoding
+    return EmbedRequest(model, texts, ids, dimensions, side, dtype), encoding
 
 
-def answer(done: Embedded, encoding: str, model: str) -> dict[str, Any]:
+def answer(done: Embedded, wanted: EmbedRequest, encoding: str, model: Model) -> dict[str, Any]:
     """OpenAI's list, for orjson; `truncated` is ours, and only there when something was cut."""
-    rows: Sequence[Any] = list(done.vectors)
+    vectors = quantise(done.vectors, wanted.dtype, model.int8_spread)
+    rows: Sequence[Any] = list(vectors)
     if encoding == "base64":
-        flat = np.ascontiguousarray(done.vectors, "<f4")
+        flat = np.ascontiguousarray(vectors, vectors.dtype.newbyteorder("<"))
         rows = [base64.b64encode(row.tobytes()).decode() for row in flat]
     made: dict[str, Any] = {
         "object": "list",
@@ -51,7 +56,7 @@ def answer(done: Embedded, encoding: str, model: str) -> dict[str, Any]:
             {"object": "embedding", "index": index, "embedding": row}
             for index, row in enumerate(rows)
         ],
-        "model": model,
+        "model": model.id,
         "usage": {"prompt_tokens": done.tokens, "total_tokens": done.tokens},
     }
     if done.cuts:

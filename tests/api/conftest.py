@@ -33,7 +33,7 @@ from serve.admission.quotas import Quotas
 from serve.allowance import Quota, Tier
 from serve.api.app import create_app
 from serve.api.service import Service
-from serve.config import Admission, Buffer, Chunking, Jobs, Model, Settings
+from serve.config import Admission, Buffer, Cache, Chunking, Jobs, Model, Settings
 from serve.config import Pool as PoolSettings
 from serve.content.blobs import LocalBlobs
 from serve.embedding.fake import FakeEngine, Faults
@@ -106,11 +106,13 @@ OWNERS: dict[str, tuple[str, str, Role]] = {
 def small(**changes: Any) -> Settings:
     """Settings of the tests: two fake models, tiers of round figures, no waiting for writes.
 
-    Workers are silent: their leases end when the clock is moved, never because a test is slow.
+    Workers are silent: their leases end when the clock is moved, never because a test is slow. Every input
+    reaches the model, since tests count what it sees.
     """
     values: dict[str, Any] = {
         "pools": (PoolSettings(models=(PLAIN, NESTED)),),
         "admission": Admission(tiers=TIERS),
+        "cache": Cache(scope="none"),
         "chunking": Chunking(tokens=32, overlap=8),
         "buffer": Buffer(age_s_start=0.001, age_s_min=0.001),
         "jobs": Jobs(heartbeat_s=300, lease_s=600, retry_s=5),
@@ -406,7 +408,7 @@ class Builder:
             self.clock,
             self.wall,
         )
-        embed = EmbedFlow(context)
+        embed = EmbedFlow(context, kept_bytes_max=settings.cache.bytes_max)
         collections = CollectionFlow(context, ports.store, ports.upserter)
         feed = Feed(ports.store, self.clock)
         files = FileFlow(context, ports.store, ports.blobs)

@@ -455,7 +455,7 @@ async def test_lines_that_are_tried_again_come_with_the_others(ai, whole, clock,
 
 def refused_size(served, wanted):
     """As a model that can not be cut would answer, for now."""
-    if wanted is not None:
+    if wanted.dimensions is not None:
         raise BadInput("Not now.")
     return served.model.dimensions
 

@@ -138,6 +138,11 @@ WRONG = [
     ({"user": 5}, "user"),
     ({"truncate": "MIDDLE"}, "truncate"),
     ({"truncate": {}}, "truncate"),
+    ({"output_dtype": "int4"}, "output_dtype"),
+    ({"output_dtype": ["int8"]}, "output_dtype"),
+    ({"output_dtype": 8}, "output_dtype"),
+    ({"model": "org/nested", "dimensions": 12, "output_dtype": "binary"}, "output_dtype"),
+    ({"model": "org/nested", "dimensions": 31, "output_dtype": "ubinary"}, "output_dtype"),
 ]
 
 
@@ -168,7 +173,7 @@ async def test_a_long_model_name_does_not_come_back_whole(client):
 
 
 async def test_nulls_are_the_same_as_absent(client):
-    nulls = dict.fromkeys(("encoding_format", "dimensions", "user", "truncate"))
+    nulls = dict.fromkeys(("encoding_format", "dimensions", "user", "truncate", "output_dtype"))
     assert np.array_equal(rows(await post(client, **nulls)), rows(await post(client)))
 
 

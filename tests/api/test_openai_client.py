@@ -107,6 +107,67 @@ async def test_dimensions_that_the_model_does_not_have(ai):
         assert (caught.value.param, caught.value.code) == ("dimensions", code)
 
 
+# --- smaller outputs --------------------------------------------------------------------------
+
+
+async def smaller(ai, dtype, **request):
+    """As numbers, and as the bytes that they stand for."""
+    ask = {"model": "org/nested", "extra_body": {"output_dtype": dtype}, **request}
+    numbers = await ai.embeddings.create(**{"input": TEXTS, **ask}, encoding_format="float")
+    texts = await ai.embeddings.create(**{"input": TEXTS, **ask}, encoding_format="base64")
+    raw = [base64.b64decode(row.embedding) for row in texts.data]
+    return [row.embedding for row in numbers.data], raw
+
+
+async def test_bytes_come_as_integers_or_as_themselves(ai):
+    full = await vectors(ai, model="org/nested")
+    expected = np.clip(np.rint(full * 127 * np.sqrt(32) / 5), -127, 127).astype(int)
+    assert np.abs(expected).max() > 60
+    numbers, raw = await smaller(ai, "int8")
+    assert numbers == expected.tolist()
+    assert [np.frombuffer(row, np.int8).tolist() for row in raw] == numbers
+    numbers, raw = await smaller(ai, "uint8")
+    assert numbers == (expected + 128).tolist()
+    assert [list(row) for row in raw] == numbers
+
+
+async def test_bits_are_packed(ai):
+    full = await vectors(ai, model="org/nested")
+    numbers, raw = await smaller(ai, "ubinary")
+    assert np.array_equal(np.unpackbits(np.array(numbers, np.uint8), axis=1), full > 0)
+    assert [list(row) for row in raw] == numbers
+    signed, raw = await smaller(ai, "binary")
+    assert np.array_equal(np.array(signed) + 128, numbers)
+    assert [np.frombuffer(row, np.int8).tolist() for row in raw] == signed
+
+
+async def test_vectors_are_cut_before_they_are_made_smaller(ai):
+    cut = await vectors(ai, model="org/nested", dimensions=28)
+    numbers, _ = await smaller(ai, "int8", dimensions=28)
+    assert numbers == np.clip(np.rint(cut * 127 * np.sqrt(28) / 5), -127, 127).tolist()
+    bits, _ = await smaller(ai, "ubinary", dimensions=16)
+    assert [len(row) for row in bits] == [2, 2, 2]
+
+
+async def test_a_smaller_vector_does_not_depend_on_its_neighbours(ai):
+    for dtype in ("int8", "uint8", "binary", "ubinary"):
+        together, _ = await smaller(ai, dtype)
+        alone = [(await smaller(ai, dtype, input=text))[0][0] for text in TEXTS]
+        assert together == alone
+
+
+async def test_float_is_the_same_as_no_dtype(ai):
+    plain = await vectors(ai)
+    for dtype in ("float", None):
+        assert np.array_equal(await vectors(ai, extra_body={"output_dtype": dtype}), plain)
+
+
+async def test_bits_need_whole_bytes(ai):
+    with pytest.raises(openai.BadRequestError) as caught:
+        await smaller(ai, "binary", dimensions=12)
+    assert (caught.value.param, caught.value.code) == ("output_dtype", "invalid_request")
+
+
 # --- models ----------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ import ray.serve
 
 from deployments.app import build
 from deployments.local import operators
-from serve.config import Actors, Batch, Ingress, Jobs, Limits, Model, Pool, Settings
+from serve.config import Actors, Batch, Cache, Ingress, Jobs, Limits, Model, Pool, Settings
 from serve.flows.operators import MadeKey, OperatorFlow
 
 
@@ -136,6 +136,7 @@ def settings_in(folder: Path) -> Settings:
         data_dir=str(folder),
         pools=(Pool(models=(MODEL,), replicas=1, cpus=0.5, batch=Batch(tokens_max=512)),),
         ingress=Ingress(tokenizer_threads=1, replicas=2),
+        cache=Cache(scope="none"),  # tests send one text again and again, and mean work
         limits=Limits(bulk_deadline_s=60),
         jobs=Jobs(retry_s=1, retry_factor=1.5),
         actors=Actors(orphan_grace_s=6, drain_s=5),

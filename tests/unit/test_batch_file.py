@@ -95,6 +95,11 @@ def test_a_line_costs_what_it_takes_to_read_it_too():
             "body.dimensions",
         ),
         (
+            line(body={"model": "plain", "input": "x", "output_dtype": "int4"}),
+            "invalid_request",
+            "body.output_dtype",
+        ),
+        (
             line(body={"model": "plain", "input": "x", "encoding_format": "hex"}),
             "invalid_request",
             "body.encoding_format",
@@ -137,6 +142,12 @@ def test_an_endless_line_is_not_held():
     assert told(made) == [(2, "line_too_long", None)]
 
 
+def test_bits_need_whole_bytes():
+    body = {"model": "nested", "input": "x", "output_dtype": "binary"}
+    made = sheet(b"\n".join([line("a", body=body), line("b", body={**body, "dimensions": 9})]))
+    assert told(made) == [(2, "invalid_request", "body.output_dtype")]
+
+
 def test_what_lands_in_a_collection_fits_it():
     def one(**body):
         return told(sheet(line(body={"input": "x", **body}), collection=COLLECTION))
@@ -145,4 +156,6 @@ def test_what_lands_in_a_collection_fits_it():
     assert one(model="nested", dimensions=32) == []
     assert one(model="plain") == [(1, "mismatched_model", "body.model")]
     assert one(model="nested", dimensions=8) == [(1, "invalid_request", "body.dimensions")]
+    assert one(model="nested", output_dtype="float") == []
+    assert one(model="nested", output_dtype="int8") == [(1, "invalid_request", "body.output_dtype")]
     assert one(model="nested", input=[1, 2]) == [(1, "invalid_request", "body.input")]

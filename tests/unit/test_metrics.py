@@ -1,4 +1,4 @@
-"""deployments.metrics: a replica's tally as counters, without Ray behind them."""
+"""deployments.metrics: a replica's tallies as counters, without Ray behind them."""
 
 from types import SimpleNamespace
 
@@ -6,6 +6,7 @@ import pytest
 
 from deployments import metrics
 from serve.admission.quotas import Tally
+from serve.flows import reuse
 
 
 class Kept:
@@ -16,7 +17,7 @@ class Kept:
     def __init__(self, name: str, _description: str, tag_keys: tuple[str, ...] = ()) -> None:
         self.values: dict[tuple[str, ...], float] = {}
         self._keys = tag_keys
-        self.made[name.removeprefix("headrace_quota_")] = self
+        self.made[name.removeprefix("headrace_").removeprefix("quota_")] = self
 
     def inc(self, value: float, tags: dict[str, str]) -> None:
         assert value > 0  # Ray's refuses others
@@ -54,4 +55,25 @@ def test_counters_follow_the_tally(made):
         "local_grants": {(): 2},
         "refused": {("tenant_tokens_per_minute",): 3, ("key_requests_per_minute",): 1},
         "ledger_away": {(): 1},
+    }
+
+
+def test_counters_follow_what_was_kept_and_shared(made):
+    cache = SimpleNamespace(evicted=0, size_bytes=0)
+    seen = SimpleNamespace(tally=reuse.Tally(), cache=cache)
+    told = metrics.CacheMetrics()
+    told.update(seen)
+    assert [name for name, one in made.items() if one.values] == ["cache_bytes"]
+    seen.tally.hits, seen.tally.misses, seen.tally.shared = 5, 7, 2
+    cache.evicted, cache.size_bytes = 1, 4096
+    told.update(seen)
+    seen.tally.hits += 1
+    cache.size_bytes = 2048
+    told.update(seen)
+    assert {name: one.values for name, one in made.items()} == {
+        "cache_hits": {(): 6},
+        "cache_misses": {(): 7},
+        "cache_shared": {(): 2},
+        "cache_evicted": {(): 1},
+        "cache_bytes": {(): 2048},
     }
