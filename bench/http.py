@@ -22,6 +22,7 @@ from typing import Any
 
 from bench import peers, servers, texts
 from bench.load import LOADS, Failed, Load, Sample, Target, embed, measure
+from bench.processes import cpu_s
 from bench.report import ROOT, arguments, finish, percentile, ratios, spread, table
 from bench.servers import ceiling_recipe, plain_recipe
 from deployments.places import DeployFile
@@ -43,22 +44,29 @@ async def compare(targets: Sequence[Target], *, rounds: int, seconds: float) -> 
 
     Raises Failed at the first answer that is not a success.
     """
+    ours, *_ = names = [one.name for one in targets]
     answers = {one.name: await embed(one, texts.mixed(CHECKED)) for one in targets}
+    likeness = {name: cosine_min(answers[ours], answers[name]) for name in names[1:]}
     taken: dict[str, dict[str, list[Sample]]] = {
-        one.name: {load.name: [] for load in LOADS} for one in targets
+        name: {load.name: [] for load in LOADS} for name in names
     }
     for number in range(-1, rounds):  # the first is a warm-up
         for load in LOADS:
+            part = load.stretch if number >= 0 else 0.3
             for target in targets[:: -1 if number % 2 else 1]:
-                part = load.stretch if number >= 0 else 0.3
-                sample = await measure(target, load, part * seconds)
+                sample = await _turn(target, targets, load, part * seconds)
                 if number >= 0:
                     taken[target.name][load.name].append(sample)
-    ours = targets[0].name
-    likeness = {
-        name: cosine_min(answers[ours], theirs) for name, theirs in answers.items() if name != ours
-    }
     return summary(taken.pop(ours), taken, likeness)
+
+
+async def _turn(target: Target, every: Sequence[Target], load: Load, seconds: float) -> Sample:
+    """One load of one target, and what the others' processes used meanwhile."""
+    others = [one.pid for one in every if one.pid and one is not target]
+    used_s = sum(map(cpu_s, others))
+    sample = await measure(target, load, seconds)
+    sample.others_cpu_s = sum(map(cpu_s, others)) - used_s
+    return sample
 
 
 def cosine_min(ours: Vector, theirs: Vector) -> float:
@@ -124,6 +132,8 @@ def describe(samples: Sequence[Sample]) -> dict[str, Any]:
         "p99_ms": percentile(latencies, 0.99),
         "cpu_ms": sum(spent) / len(latencies) * 1e3 if len(spent) == len(samples) else None,
         "client_cpu_ms": sum(one.client_cpu_s for one in samples) / len(latencies) * 1e3,
+        "others_cores": sum(one.others_cpu_s for one in samples)
+        / sum(one.elapsed_s for one in samples),
     }
 
 

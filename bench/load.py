@@ -80,7 +80,8 @@ LOADS = (Load("c1", 1), Load("c16", 16), Load("c64", 64), Load("x32", 4, 32, str
 class Sample:
     """What one load of one round came to.
 
-    CPU seconds are those of all the server's processes, where they are known, and of this program.
+    CPU seconds are those of all the server's processes, where they are known, of this program, and
+    of the servers that waited for their turn, which the caller of `measure` may fill in.
     """
 
     inputs: int
@@ -88,6 +89,7 @@ class Sample:
     latencies_ms: list[float] = field(default_factory=list)
     server_cpu_s: float | None = None
     client_cpu_s: float = 0.0
+    others_cpu_s: float = 0.0
 
     @property
     def rps(self) -> float:

@@ -16,22 +16,22 @@ TICKS = os.sysconf("SC_CLK_TCK")
 MEBI = 2**20
 
 ROLES: Sequence[tuple[str, str]] = (
-    (r"ray::ServeReplica:[^:]*:Ingress", "ingress"),
+    (r"ray::ServeReplica:[^:]*:ingress", "ingress"),
     (r"ray::ServeReplica:[^:]*:embedder", "embedder"),
     (r"ray::ServeReplica:[^:]*:worker", "worker"),
     (r"ray::ServeReplica", "other replica"),
     (r"ray::ProxyActor|haproxy", "Serve's proxy"),
     (r"ray::ServeController", "Serve's controller"),
-    (r"ray::(StoreActor|Store\b)", "store"),
+    (r"ray::Store", "store"),
     (r"ray::Upserter", "upserter"),
     (r"ray::Ledger", "ledger"),
+    (r"ray::(Dashboard|RuntimeEnv)Agent", "Ray: agents"),
     (r"ray::IDLE", "Ray: idle worker"),
-    (r"ray::", "Ray: other actor"),
-    (r"gcs_server", "Ray: control store"),
-    (r"raylet/raylet", "Ray: raylet"),
-    (r"dashboard/agent|runtime_env/agent", "Ray: agents"),
-    (r"ray-dashboard|dashboard/dashboard", "Ray: dashboard"),
-    (r"log_monitor|autoscaler|monitor\.py", "Ray: monitors"),
+    (r"ray::", "Ray: other"),
+    (r"/gcs_server", "Ray: control store"),
+    (r"/raylet ", "Ray: raylet"),
+    (r"ray.dashboard", "Ray: dashboard"),
+    (r"/(log_)?monitor\.py", "Ray: monitors"),
 )
 """What a command line matches, and the role of such a process; the first that matches holds."""
 
@@ -103,10 +103,11 @@ def memory(pid: int, proc: Path = PROC) -> Memory | None:
     return Memory(found["Rss"] * 1024 / MEBI, found["Pss"] * 1024 / MEBI)
 
 
-def role(pid: int, proc: Path = PROC) -> str:
-    """What a process is for, by its command line; "server" for one that is not Ray's."""
+def role(pid: int, proc: Path = PROC) -> str | None:
+    """What one of Ray's processes is for, by its command line; None for others."""
     try:
         words = (proc / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode()
     except OSError:
-        return "server"
-    return next((name for pattern, name in ROLES if re.search(pattern, words)), "server")
+        return None
+    found = (name for pattern, name in ROLES if re.search(pattern, words, re.IGNORECASE))
+    return next(found, None)

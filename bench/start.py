@@ -123,13 +123,19 @@ def _read(path: Path) -> bytes:
 
 
 def count(found: Sequence[Process], proc: Path = processes.PROC) -> dict[str, Group]:
-    """Processes by role, the first of them the root; those that have just ended are left out."""
+    """A tree's processes by role, the root's is "server"; those that have just ended are left out.
+
+    One without a role of its own has its parent's.
+    """
     groups: dict[str, Group] = {}
+    roles: dict[int, str] = {}
     for one in found:
+        name = processes.role(one.pid, proc) or roles.get(one.parent, "server")
+        roles[one.pid] = name
         held = processes.memory(one.pid, proc)
         if held is None:
             continue
-        name, age_s = processes.role(one.pid, proc), one.began_s - found[0].began_s
+        age_s = one.began_s - found[0].began_s
         so_far = groups.get(name, Group(0, 0.0, 0.0, age_s))
         groups[name] = Group(
             so_far.count + 1,

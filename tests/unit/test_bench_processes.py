@@ -30,10 +30,11 @@ def proc(tmp_path):
     """A service of three generations, and others that are not its."""
     add(tmp_path, 1, 0, "init")
     add(tmp_path, 10, 1, "python headrace serve", ticks=(5, 6, 7, 8))
-    add(tmp_path, 11, 10, "raylet/raylet --x", ticks=(100, 0, 0, 0))
+    add(tmp_path, 11, 10, "/x/raylet --y", ticks=(100, 0, 0, 0))
     add(tmp_path, 12, 11, "ray::ServeReplica:headrace:Ingress")
     add(tmp_path, 13, 11, "ray::ServeReplica:headrace:Ingress", ticks=(0, 0, 0, 50))
     add(tmp_path, 14, 1, "python other", ticks=(9999, 0, 0, 0))
+    add(tmp_path, 16, 11, "python a-child-of-the-raylet")
     (tmp_path / "15").mkdir()
     (tmp_path / "self").mkdir()
     return tmp_path
@@ -46,7 +47,7 @@ def test_a_line_of_stat_is_read_behind_a_name_with_brackets(proc):
 
 def test_a_tree_is_a_process_and_all_that_came_of_it(proc):
     assert [one.pid for one in processes.tree(10, proc)][:2] == [10, 11]
-    assert {one.pid for one in processes.tree(10, proc)} == {10, 11, 12, 13}
+    assert {one.pid for one in processes.tree(10, proc)} == {10, 11, 12, 13, 16}
     assert processes.tree(99, proc) == []
 
 
@@ -66,13 +67,18 @@ def test_memory_is_resident_and_in_proportion(proc):
     ("words", "role"),
     [
         ("ray::ServeReplica:headrace:Ingress", "ingress"),
+        ("ray::StoreActor.claim", "store"),
+        ("ray::DashboardAgent", "Ray: agents"),
+        ("/x/ray/core/src/ray/raylet/raylet --a=/raylet_b", "Ray: raylet"),
+        ("ray-dashboard-JobHead-0 (python)", "Ray: dashboard"),
+        ("python -u /x/ray/_private/log_monitor.py --a", "Ray: monitors"),
         ("ray::ServeReplica:headrace:embedder-default", "embedder"),
         ("ray::ServeReplica:headrace:worker", "worker"),
         ("ray::ServeReplica:other:Thing", "other replica"),
         ("ray::IDLE", "Ray: idle worker"),
-        ("ray::Stray", "Ray: other actor"),
-        ("python -m bench.plain --port 1", "server"),
-        ("", "server"),
+        ("ray::Stray", "Ray: other"),
+        ("python -m bench.plain --port 1", None),
+        ("", None),
     ],
 )
 def test_a_role_is_told_by_the_command_line(words, role, tmp_path):
@@ -84,6 +90,7 @@ def test_processes_are_counted_by_role(proc):
     groups = start.count(processes.tree(10, proc), proc)
     assert groups["ingress"] == start.Group(2, 25.0, 12.5, 200 / TICKS)
     assert groups["server"] == start.Group(1, 10.0, 5.0, 0.0)
+    assert groups["Ray: raylet"] == start.Group(2, 27.0, 13.5, 100 / TICKS)
     (proc / "13" / "smaps_rollup").unlink()  # it has ended meanwhile
     assert start.count(processes.tree(10, proc), proc)["ingress"].count == 1
 

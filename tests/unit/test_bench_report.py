@@ -116,7 +116,7 @@ def sampled(
 ) -> dict[str, list[Sample]]:
     return {
         load.name: [
-            Sample(load.inputs, 2.0, [latency_ms] * int(pace * number), cpu_s, 0.1)
+            Sample(load.inputs, 2.0, [latency_ms] * int(pace * number), cpu_s, 0.1, 0.5)
             for number in (10, 20)
         ]
         for load in LOADS
@@ -148,6 +148,7 @@ def test_cpu_is_told_by_request_and_only_where_it_is_known():
     )
     assert found["cpu_ms"] == dict.fromkeys(("c1", "c16", "c64", "x32"), pytest.approx(10))
     assert found["client_cpu_ms"]["c1"] == pytest.approx(0.2 / 60 * 1e3)
+    assert found["peers"]["far"]["x32"]["others_cores"] == 0.25
     assert found["cpu_ratio"]["c16"] == found["peers"]["plain"]["cpu_ratio"]["c16"] == 2
     assert found["peers"]["far"]["cpu_ratio"] == dict.fromkeys(("c1", "c16", "c64", "x32"))
     assert found["peers"]["far"]["c1"]["cpu_ms"] is None
