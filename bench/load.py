@@ -9,6 +9,7 @@ import asyncio
 import base64
 import itertools
 import json
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from bench import texts
+from bench import processes, texts
 from serve.records import Vector
 
 
@@ -35,12 +36,16 @@ class Failed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A server under test: its base address, or its embeddings route itself; a key, a model."""
+    """A server under test: its base address, or its embeddings route itself; a key, a model.
+
+    `pid` is the process that all of its processes descend from, where this program started it.
+    """
 
     name: str
     url: str
     model: str
     key: str = ""
+    pid: int | None = None
 
     @property
     def route(self) -> str:
@@ -73,11 +78,18 @@ LOADS = (Load("c1", 1), Load("c16", 16), Load("c64", 64), Load("x32", 4, 32, str
 
 @dataclass(slots=True)
 class Sample:
-    """What one load of one round came to."""
+    """What one load of one round came to.
+
+    CPU seconds are those of all the server's processes, where they are known, of this program, and
+    of the servers that waited for their turn, which the caller of `measure` may fill in.
+    """
 
     inputs: int
     elapsed_s: float = 0.0
     latencies_ms: list[float] = field(default_factory=list)
+    server_cpu_s: float | None = None
+    client_cpu_s: float = 0.0
+    others_cpu_s: float = 0.0
 
     @property
     def rps(self) -> float:
@@ -174,6 +186,7 @@ async def measure(target: Target, load: Load, seconds: float) -> Sample:
     """
     bodies, sample = load.bodies(target.model), Sample(load.inputs)
     async with connected(target, load.connections) as connections:
+        server_s, client_s = _server_cpu_s(target), time.process_time()
         began = perf_counter()
         try:
             async with asyncio.timeout(seconds + GRACE_S), asyncio.TaskGroup() as group:
@@ -183,7 +196,14 @@ async def measure(target: Target, load: Load, seconds: float) -> Sample:
             first = errors.exceptions[0]
             raise Failed(f"{target.name}, load {load.name}: {first!r}") from None
         sample.elapsed_s = perf_counter() - began
+        sample.client_cpu_s = time.process_time() - client_s
+        if server_s is not None:
+            sample.server_cpu_s = (_server_cpu_s(target) or server_s) - server_s
     return sample
+
+
+def _server_cpu_s(target: Target) -> float | None:
+    return None if target.pid is None else processes.cpu_s(target.pid)
 
 
 async def _loop(

@@ -1,10 +1,12 @@
 """Starts the servers under test, over one deploy file: the repository's, without its quotas.
 
 Its deadlines are far off, too. A server is a subprocess on a free port of 127.0.0.1 with a data
-folder of its own; it ends with its context, and its log is shown when it does not start.
+folder of its own; it ends with its context, and its log is shown when it does not start. A `Recipe`
+says how one is started; `bench.peers` knows them by name.
 """
 
 import asyncio
+import http.client
 import os
 import signal
 import socket
@@ -15,9 +17,9 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,11 @@ from serve.jobs.owner import StoreOwner
 
 GRAPHS = ROOT / "data" / "graphs"
 """Where `make serve` keeps graphs, too: only the first start of all makes one."""
+READY = "/health/ready"
+"""The route of our servers that answers 200 when they are ready."""
+OK = 200
+LOG, LOG_LINES = "server.log", 20
+"""The log's name, and how much of its end is shown when a server does not start."""
 START_S_MAX = 300.0
 STOP_S_MAX = 60.0
 DEADLINE_S = 60
@@ -81,29 +88,65 @@ def _keep_key(settings: Settings, folder: Path) -> str:
     return text
 
 
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a server is started, and how it is reached then; its log lies in `folder`."""
+
+    target: Target
+    command: Sequence[str]
+    folder: Path
+    ready: str
+    """The URL that answers 200 when it is ready."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    cwd: Path = ROOT
+
+
 @contextmanager
-def ceiling(name: str, *, fake: bool = False) -> Iterator[Target]:
+def plain_recipe(name: str, *, fake: bool = False) -> Iterator[Recipe]:
+    """The plainest server of the same model: `bench.plain`."""
+    with _site(fake=fake) as site:
+        words = [sys.executable, "-m", "bench.plain", "--config", str(site.config)]
+        yield _recipe(name, site, words)
+
+
+@contextmanager
+def ceiling_recipe(name: str, *, fake: bool = False) -> Iterator[Recipe]:
     """Our own service without Ray, in one process: `bench.ceiling`."""
     with _site(fake=fake) as site:
-        port = free_port()
-        command = [sys.executable, "-m", "bench.ceiling", "--config", str(site.config)]
-        url = f"http://127.0.0.1:{port}"
-        command += ["--data-dir", str(site.folder), "--port", str(port)]
-        with running(command, site.folder, url):
-            yield Target(name, url, site.model, site.key)
+        words = [sys.executable, "-m", "bench.ceiling", "--config", str(site.config)]
+        yield _recipe(name, site, [*words, "--data-dir", str(site.folder)])
+
+
+@contextmanager
+def headrace_recipe(profile: str) -> Iterator[Recipe]:
+    """The service as `headrace serve` starts it, with Ray's files in a folder of its own."""
+    with _site(fake=False) as site:
+        program = Path(sys.executable).with_name("headrace")
+        words = [str(program), "serve", "--config", str(site.config), "--no-demo-keys"]
+        words += ["--data-dir", str(site.folder), "--profile", profile]
+        yield _recipe("headrace", site, [*words, "--ray-temp-dir", str(site.folder / "ray")])
+
+
+def _recipe(name: str, site: Site, words: Sequence[str]) -> Recipe:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    target = Target(name, url, site.model, site.key)
+    return Recipe(target, [*words, "--port", str(port)], site.folder, f"{url}{READY}")
 
 
 @contextmanager
 def headrace(profile: str) -> Iterator[Target]:
-    """The service as `headrace serve` starts it, with Ray's files in a folder of its own."""
-    with _site(fake=False) as site:
-        port = free_port()
-        program = Path(sys.executable).with_name("headrace")
-        command = [str(program), "serve", "--config", str(site.config), "--no-demo-keys"]
-        command += ["--data-dir", str(site.folder), "--port", str(port), "--profile", profile]
-        url = f"http://127.0.0.1:{port}"
-        with running([*command, "--ray-temp-dir", str(site.folder / "ray")], site.folder, url):
-            yield Target("headrace", url, site.model, site.key)
+    """The whole service, ready."""
+    with headrace_recipe(profile) as recipe, started(recipe) as target:
+        yield target
+
+
+@contextmanager
+def started(recipe: Recipe) -> Iterator[Target]:
+    """A server, ready; its target knows the process."""
+    with launched(recipe) as process:
+        _wait_ready(process, recipe)
+        yield replace(recipe.target, pid=process.pid)
 
 
 @contextmanager
@@ -115,30 +158,70 @@ def _site(*, fake: bool) -> Iterator[Site]:
 
 @contextmanager
 def running(command: Sequence[str], folder: Path, url: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A server, ready; its log lies in `folder`."""
+    """One of our servers by its command, ready; its log lies in `folder`."""
+    recipe = Recipe(Target("server", url, ""), command, folder, f"{url}{READY}")
+    with launched(recipe) as process:
+        _wait_ready(process, recipe)
+        yield process
+
+
+@contextmanager
+def launched(recipe: Recipe) -> Iterator[subprocess.Popen[bytes]]:
+    """A server that begins to start; it ends with the context."""
     environment = {"RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1", **os.environ}
-    path = folder / "server.log"
-    with path.open("wb") as log:
+    with (recipe.folder / LOG).open("wb") as log:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            recipe.command,
+            cwd=recipe.cwd,
+            env={**environment, **recipe.environment},
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
     try:
-        _wait_ready(process, f"{url}/health/ready", path)
         yield process
     finally:
         _stop(process)
 
 
-def _wait_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+def _wait_ready(process: subprocess.Popen[bytes], recipe: Recipe) -> None:
+    def answered() -> bool:
+        answer = ask(recipe.ready)
+        return answer is not None and answer.status == OK
+
+    wait(process, recipe, answered, every_s=0.1)
+
+
+def wait(
+    process: subprocess.Popen[bytes], recipe: Recipe, done: Callable[[], bool], *, every_s: float
+) -> None:
+    """Look until `done`. Raises StartFailed when the process ends or takes too long."""
     until = time.monotonic() + START_S_MAX
     while process.poll() is None and time.monotonic() < until:
-        try:
-            with urllib.request.urlopen(url, timeout=5):  # noqa: S310  our own server
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.1)
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    raise StartFailed("\n".join(["the server did not become ready:", *lines[-20:]]))
+        if done():
+            return
+        time.sleep(every_s)
+    log = (recipe.folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+    raise StartFailed("\n".join([f"{recipe.target.name} did not become ready:", *log[-LOG_LINES:]]))
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What a server answered when it was asked how it is."""
+
+    status: int
+    body: bytes
+
+
+def ask(url: str, timeout_s: float = 5) -> Health | None:
+    """What a server answers; None when there is no answer."""
+    try:
+        with urllib.request.urlopen(url, timeout=timeout_s) as answer:  # noqa: S310  our own server
+            return Health(answer.status, answer.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return Health(error.code, error.read())
+    except (OSError, http.client.HTTPException):
+        return None
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -6,7 +6,6 @@ embedders what they gave to whom, and the kernel what all its processes have use
 
 import asyncio
 import json
-import os
 import sys
 import tempfile
 import time
@@ -20,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from bench import servers
+from bench import processes, servers
 from bench.crowd import ASKED, TIERS, Town
 from bench.report import ROOT
 from deployments.places import DeployFile, find_cluster
@@ -39,7 +38,6 @@ TENANTS: Mapping[str, str] = {
 """Every tenant and its tier."""
 CAPPED = {"weight": 1, "interactive": {"requests_per_minute": 60}}
 """The tier of the tenant that is refused: one request a second."""
-TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,23 +55,8 @@ class Cluster:
         return counts
 
     def cpu_s(self) -> float:
-        """CPU seconds of all its processes that live."""
-        children: dict[int, list[int]] = {}
-        used: dict[int, float] = {}
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                fields = stat.read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            pid = int(stat.parent.name)
-            children.setdefault(int(fields[1]), []).append(pid)
-            used[pid] = (int(fields[11]) + int(fields[12])) / TICKS
-        total, waiting = 0.0, [self.pid]
-        while waiting:
-            pid = waiting.pop()
-            total += used.get(pid, 0.0)
-            waiting += children.get(pid, [])
-        return total
+        """CPU seconds of all its processes until now."""
+        return processes.cpu_s(self.pid)
 
 
 @contextmanager

@@ -4,10 +4,11 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from bench import crowd, engine, fairness, handout, http, simulated, texts
+from bench import crowd, engine, fairness, handout, http, servers, simulated, start, texts
 from bench.formula import FormulaQueue
 from bench.load import LOADS, Failed, Load, Sample, Target
 from bench.report import finish, jain, percentile, ratios, rounded, spread, table
+from bench.servers import Health
 from bench.tenants import ASKERS, FLOODS, TIERS, Phase, Waits
 from serve.config import Batch
 from serve.embedding.packing import Pace
@@ -110,21 +111,94 @@ def test_a_target_may_name_its_route(url, route):
     assert Target("x", url, "m").route == route
 
 
-def sampled(pace: float) -> dict[str, list[Sample]]:
+def sampled(
+    pace: float, *, latency_ms: float = 1.0, cpu_s: float | None = None
+) -> dict[str, list[Sample]]:
     return {
-        load.name: [Sample(load.inputs, 2.0, [1.0] * int(pace * number)) for number in (10, 20)]
+        load.name: [
+            Sample(load.inputs, 2.0, [latency_ms] * int(pace * number), cpu_s, 0.1, 0.5)
+            for number in (10, 20)
+        ]
         for load in LOADS
     }
 
 
-def test_http_ratios_are_ours_over_the_peers():
-    found = http.summary(sampled(2), sampled(1), 0.99)
+def test_http_ratios_are_ours_over_each_peers_and_the_first_stands_on_top():
+    others = {"plain": sampled(1), "slow": sampled(0.5, latency_ms=4)}
+    found = http.summary(sampled(2), others, {"plain": 0.99, "slow": 0.98})
     for key in ("rps_ratio_c1", "rps_ratio_c16", "rps_ratio_c64", "texts_ratio_32"):
-        assert found[key] == {"median": 2, "min": 2, "max": 2}
+        assert found[key] == found["peers"]["plain"][key] == {"median": 2, "min": 2, "max": 2}
+        assert found["peers"]["slow"][key]["median"] == 4
+    assert (found["cosine_min"], found["peers"]["slow"]["cosine_min"]) == (0.99, 0.98)
     assert found["ours"]["c1"]["rps"] == {"median": 15, "min": 10, "max": 20}
-    assert found["peer"]["x32"]["texts_s"]["max"] == 10 * 32
+    assert found["peers"]["plain"]["x32"]["texts_s"]["max"] == 10 * 32
     assert found["p99_ms"]["c64"] == 1
-    assert "4 x 32" in http.shown(found, ["ours", "peer"])
+    assert found["p99_ratio"]["c64"] == 1
+    assert found["peers"]["slow"]["p99_ratio"] == dict.fromkeys(("c1", "c16", "c64", "x32"), 0.25)
+    shown = http.shown(found, "ours").splitlines()
+    assert len(shown) == 2 + 3 * len(LOADS)
+    assert [line.split()[3] for line in shown[2:5]] == ["ours", "plain", "slow"]
+
+
+def test_cpu_is_told_by_request_and_only_where_it_is_known():
+    found = http.summary(
+        sampled(2, cpu_s=0.3),
+        {"plain": sampled(1, cpu_s=0.075), "far": sampled(1)},
+        {"plain": 1, "far": 1},
+    )
+    assert found["cpu_ms"] == dict.fromkeys(("c1", "c16", "c64", "x32"), pytest.approx(10))
+    assert found["client_cpu_ms"]["c1"] == pytest.approx(0.2 / 60 * 1e3)
+    assert found["peers"]["far"]["x32"]["others_cores"] == 0.25
+    assert found["cpu_ratio"]["c16"] == found["peers"]["plain"]["cpu_ratio"]["c16"] == 2
+    assert found["peers"]["far"]["cpu_ratio"] == dict.fromkeys(("c1", "c16", "c64", "x32"))
+    assert found["peers"]["far"]["c1"]["cpu_ms"] is None
+    assert " ? " in http.shown(found, "ours")
+    assert json.loads(json.dumps(rounded(found)))
+
+
+@pytest.mark.parametrize(
+    ("words", "peers"),
+    [
+        (["--serve"], ["plain", "ceiling"]),
+        (["--serve", "--peer", "plain"], ["plain"]),
+        (["--url", "http://h", "--peer", "http://p", "--peer", "ceiling"], ["http://p", "ceiling"]),
+        (["--serve", "--peer", "infinity", "--infinity", "x"], ["infinity"]),
+    ],
+)
+def test_http_peers_are_named_one_by_one(words, peers):
+    assert http.parse(words).peer == peers
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ([], "give --serve"),
+        (["--serve", "--peer", "plane"], "--peer plane"),
+        (["--serve", "--peer", "infinity-onnx"], "needs --infinity"),
+        (["--serve", "--peer", "plain", "--peer", "plain"], "each --peer once"),
+    ],
+)
+def test_http_refuses_peers_that_it_cannot_start(words, reason, capsys):
+    with pytest.raises(SystemExit):
+        http.parse(words)
+    assert reason in capsys.readouterr().err
+
+
+async def test_http_turns_go_the_other_way_in_every_second_round(monkeypatch):
+    order: list[str] = []
+
+    async def measured(target: Target, load: Load, _seconds: float) -> Sample:
+        order.append(target.name)
+        return Sample(load.inputs, 1.0, [1.0])
+
+    async def embedded(_target: Target, inputs: list[str]) -> np.ndarray:
+        return np.eye(len(inputs), dtype=np.float32)
+
+    monkeypatch.setattr(http, "measure", measured)
+    monkeypatch.setattr(http, "embed", embedded)
+    found = await http.compare([Target(name, "", "m") for name in "abc"], rounds=2, seconds=1)
+    assert "".join(order) == "cba" * 4 + "abc" * 4 + "cba" * 4
+    assert list(found["peers"]) == ["b", "c"]
 
 
 def test_the_least_cosine_counts():
@@ -248,3 +322,44 @@ def test_the_formula_charges_usage_and_forgets_it(clock):
             queue.push("interactive", tenant, weight=weight, cost=1, item=tenant)
         order[wait_s] = queue.take(lambda _: True, lambda _: True)
     assert order == {0: ["modest", "greedy"], 600: ["greedy", "modest"]}
+
+
+def started(ready_s: float, rss_mb: float) -> start.Start:
+    groups = {
+        "server": start.Group(1, rss_mb, rss_mb / 2, 0.0),
+        "embedder": start.Group(2, 30.0, 20.0, 1.5),
+    }
+    return start.Start({"http": ready_s / 2, "ready": ready_s}, groups, 0.01)
+
+
+def test_a_start_is_told_by_its_phases_and_by_all_of_its_processes():
+    found = start.summary({"headrace": [started(9, 70), started(11, 90)], "plain": [started(1, 5)]})
+    assert found["ready_s"] == {"median": 10, "min": 9, "max": 11}
+    assert found["rss_mb"] == {"median": 110, "min": 100, "max": 120}
+    assert found["pss_mb"]["max"] == 65
+    assert found["phases_s"]["http"]["median"] == 5
+    assert found["processes"]["server"]["rss_mb"] == 80
+    assert found["processes"]["embedder"] == {
+        "count": 2,
+        "rss_mb": 30,
+        "pss_mb": 20,
+        "began_s": 1.5,
+    }
+    assert found["servers"]["plain"]["ready_s"]["median"] == 1
+    assert "embedder" in start.shown(found)
+
+
+@pytest.mark.parametrize(
+    ("health", "files", "seen"),
+    [
+        (None, {}, []),
+        (None, {"cluster.json": b"{}"}, ["ray"]),
+        (Health(404, b"Path '/health/ready' not found"), {}, ["http"]),
+        (Health(503, b'{"status":"not_ready"}'), {}, ["http", "ingress"]),
+        (Health(200, b'{"status":"ready"}'), {}, ["http", "ingress", "ready"]),
+        (None, {servers.LOG: b"\nHeadrace is ready at http://127.0.0.1:1 (9 s).\n"}, ["said"]),
+    ],
+)
+def test_the_phases_of_a_start_are_seen_from_outside(health, files, seen):
+    look = start.Look(health, {"cluster.json": b"", servers.LOG: b"", **files})
+    assert [phase for phase, reached in start.MARKS.items() if reached(look)] == seen

@@ -1,0 +1,66 @@
+"""The servers that a benchmark may set the service beside, by name.
+
+plain: the plainest server of the same model (`bench.plain`). ceiling: the service in one process,
+without Ray (`bench.ceiling`). infinity, infinity-onnx: Infinity with its default engine and with
+ONNX Runtime (`bench.infinity`), each from a virtual environment that an option of its name tells.
+"""
+
+import argparse
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from bench import infinity, servers
+from bench.infinity import Engine, infinity_recipe
+from bench.servers import Recipe
+from deployments.places import PROFILES
+
+
+ENGINES: Mapping[str, Engine] = {"infinity": "torch", "infinity-onnx": "optimum"}
+NAMES = ("plain", "ceiling", *ENGINES)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """`--profile` of the service, and where Infinity is."""
+    parser.add_argument("--profile", choices=list(PROFILES), default="default")
+    for name in ENGINES:
+        parser.add_argument(
+            f"--{name}", type=Path, metavar="VENV", help=f"virtual environment of --peer {name}"
+        )
+
+
+def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End the program when a peer is named twice, or is Infinity and nobody has said where it is."""
+    names: list[str] = options.peer
+    if len(set(names)) < len(names):
+        parser.error("each --peer once")
+    for name in names:
+        if name in ENGINES and place(name, options) is None:
+            parser.error(f"--peer {name} needs --{name} VENV")
+
+
+def place(name: str, options: argparse.Namespace) -> Path | None:
+    """The virtual environment of a peer that has one of its own."""
+    found: Path | None = vars(options).get(name.replace("-", "_"))
+    return found
+
+
+def versions(options: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """Of what the peers run on that do not run on our own packages."""
+    places = {name: place(name, options) for name in options.peer if name in ENGINES}
+    return {name: infinity.versions(venv) for name, venv in places.items() if venv}
+
+
+@contextmanager
+def recipe(name: str, options: argparse.Namespace) -> Iterator[Recipe]:
+    """How the service ("headrace") or a peer is started. Raises StartFailed."""
+    if name == "headrace":
+        made = servers.headrace_recipe(options.profile)
+    elif name == "plain":
+        made = servers.plain_recipe(name)
+    elif name == "ceiling":
+        made = servers.ceiling_recipe(name)
+    else:
+        made = infinity_recipe(name, place(name, options) or Path(), ENGINES[name])
+    with made as found:
+        yield found
