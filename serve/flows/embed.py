@@ -18,6 +18,9 @@ from serve.records import Caller, EmbedCall, EmbedReply, Input, Klass, TokenIds,
 
 TruncateSide = Literal["NONE", "START", "END"]
 
+SHORT_UNITS = 500
+"""Characters or token ids of a request that is tokenised at once: at most 0.2 ms."""
+
 
 @dataclass(frozen=True, slots=True)
 class EmbedRequest:
@@ -133,12 +136,15 @@ class EmbedFlow:
     async def tokenise(
         self, served: Served, request: EmbedRequest
     ) -> tuple[list[TokenIds], tuple[Cut, ...]]:
-        """Token ids of every input, in a thread; too long ones are refused or cut.
+        """Token ids of every input, in a thread unless they are short; too long ones are refused or cut.
 
         Raises BadInput naming the input, or `input` when the request as a whole is too long.
         """
-        loop = asyncio.get_running_loop()
-        rows = await loop.run_in_executor(self._threads, _token_rows, served, request)
+        if _is_short(request):
+            rows = _token_rows(served, request)
+        else:
+            loop = asyncio.get_running_loop()
+            rows = await loop.run_in_executor(self._threads, _token_rows, served, request)
         cuts: list[Cut] = []
         for index, row in enumerate(rows):
             if len(row) <= served.tokens_max:
@@ -226,6 +232,12 @@ class EmbedFlow:
             limit_s=limit_s,
             priority=work.priority,
         )
+
+
+def _is_short(request: EmbedRequest) -> bool:
+    """Whether tokenising takes less than handing it to a thread would: 0.25 ms of CPU."""
+    inputs = request.texts if request.texts is not None else request.ids or ()
+    return len(inputs) <= SHORT_UNITS and sum(map(len, inputs)) <= SHORT_UNITS
 
 
 def _token_rows(served: Served, request: EmbedRequest) -> list[TokenIds]:
