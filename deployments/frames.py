@@ -108,7 +108,7 @@ def carries(call: EmbedCall) -> bool:
 
 
 def pack_call(call: EmbedCall) -> bytes:
-    """A call that `carries` says yes to."""
+    """A call that `carries` says yes to. Raises ValueError when no frame can hold it."""
     head = [getattr(call, field) for field in _FIELDS]
     rows = [one.ids for one in call.inputs if one.ids is not None]
     flat = rows[0] if len(rows) == 1 else np.concatenate([np.empty(0, np.int32), *rows])
@@ -123,19 +123,20 @@ def read_call(body: bytes) -> EmbedCall:
         values["tokens"] = tokens = tuple(values["tokens"])
         flat = np.frombuffer(rest, "<i4")
         marks = [0, *accumulate(tokens)]
+        inputs = tuple(Input(ids=flat[begin:end]) for begin, end in pairwise(marks))
     except (TypeError, ValueError) as error:
         raise Malformed(str(error)) from None
     if marks[-1] != len(flat) or min(tokens, default=0) < 0:
         raise Malformed("token counts that differ from the ids")
-    inputs = tuple(Input(ids=flat[begin:end]) for begin, end in pairwise(marks))
     return EmbedCall(inputs=inputs, **values)
 
 
 def pack_reply(reply: EmbedReply) -> bytes:
-    """A reply with its vectors."""
+    """A reply with its vectors. Raises ValueError when no frame can hold it."""
     failures = [[index, _described(error)] for index, error in reply.failures]
     head = [list(reply.vectors.shape), failures, reply.queue_ms, reply.infer_ms]
-    return _joined(head, np.ascontiguousarray(reply.vectors, "<f4").data.cast("B"))
+    flat = np.ascontiguousarray(reply.vectors, "<f4").reshape(-1)  # no bytes of an empty matrix
+    return _joined(head, flat.view(np.uint8).data)
 
 
 def read_reply(body: bytes) -> EmbedReply:
@@ -176,6 +177,9 @@ def _raised(described: Any) -> ServiceError:
 
 def _joined(head: list[Any], array: bytes | memoryview) -> bytes:
     text = orjson.dumps(head)
+    size = _SIZE.size + len(text) + len(array)
+    if size > BODY_BYTES_MAX:  # the peer would hang up, and every other call be lost with it
+        raise ValueError(f"a body of {size} bytes; a frame holds {BODY_BYTES_MAX}")
     return b"".join((_SIZE.pack(len(text)), text, array))
 
 

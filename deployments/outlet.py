@@ -4,7 +4,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hmac import compare_digest
 from typing import cast
 
@@ -38,7 +38,7 @@ class Address:
     node: str
     host: str
     port: int
-    token: str
+    token: str = field(repr=False)  # it must not come into a log
 
 
 class Outlet:
@@ -99,14 +99,14 @@ class Outlet:
 
     async def _serve(self, peer: "Peer", number: int, call: EmbedCall) -> None:
         try:
-            reply = await self._embed(call)
+            body = pack_reply(await self._embed(call))
         except ServiceError as error:
             peer.say(number, Word.REFUSAL, pack_refusal(error))
         except Exception:  # a named rim: the caller is told, and the connection lives on
             log.exception("request %s failed in the embedder", call.request_id)
             peer.say(number, Word.REFUSAL, pack_refusal(Internal("A fault in the embedder.")))
         else:
-            peer.say(number, Word.REPLY, pack_reply(reply))
+            peer.say(number, Word.REPLY, body)
 
 
 class Peer(asyncio.Protocol):

@@ -73,6 +73,21 @@ def test_every_error_keeps_its_kind_and_what_it_says(kind):
     assert (type(found), vars(found)) == (kind, vars(error))
 
 
+def test_a_reply_to_a_call_without_inputs_comes_out_as_it_went_in():
+    reply = EmbedReply(np.zeros((0, 3), np.float32))
+    assert frames.read_reply(frames.pack_reply(reply)).vectors.shape == (0, 3)
+
+
+def test_what_no_frame_holds_is_not_packed(monkeypatch):
+    reply = EmbedReply(np.zeros((2, 3), np.float32))
+    size = len(frames.pack_reply(reply))
+    monkeypatch.setattr(frames, "BODY_BYTES_MAX", size)
+    frames.pack_reply(reply)
+    monkeypatch.setattr(frames, "BODY_BYTES_MAX", size - 1)
+    with pytest.raises(ValueError, match=f"{size} bytes"):
+        frames.pack_reply(reply)
+
+
 def test_an_error_of_a_kind_that_is_not_known_here_arrives_as_its_parent():
     class Later(QuotaExceeded):
         pass
@@ -115,7 +130,7 @@ def test_bytes_that_are_no_body_are_refused(body):
             read(body)
 
 
-@pytest.mark.parametrize("tokens", [(3,), (5,), (-1, 5), (2, 1)])
+@pytest.mark.parametrize("tokens", [(3,), (5,), (-1, 5), (2, 1), (2.5, 1.5)])
 def test_counts_that_differ_from_the_ids_are_refused(tokens):
     call = EmbedCall(
         "r", "t", 1.0, "bulk", "m", (Input(ids=np.arange(4, dtype=np.int32)),), (4,), 1
