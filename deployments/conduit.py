@@ -33,7 +33,11 @@ LOOK_AGAIN_S = 0.1
 
 
 class ConduitLost(Exception):
-    """The replica has gone, or is leaving: the call may be made again elsewhere."""
+    """The replica has gone, perhaps in the middle of the call: it may be made again elsewhere."""
+
+
+class ReplicaLeaves(Exception):
+    """The replica has not begun the call, and takes no more: it is for another one."""
 
 
 class Conduit(asyncio.Protocol):
@@ -59,15 +63,19 @@ class Conduit(asyncio.Protocol):
         return conduit
 
     async def embed(self, call: EmbedCall) -> EmbedReply:
-        """See `serve.ports.Embedder`; cancelling this drops the call. Raises ConduitLost, too."""
+        """See `serve.ports.Embedder`; cancelling this drops the call.
+
+        Raises ConduitLost and ReplicaLeaves, too.
+        """
         if self.lost or self._transport is None:
             raise ConduitLost
         number, tokens = next(self._numbers), sum(call.tokens)
+        packed = Frame(number, Word.CALL, pack_call(call)).packed()
         answer: asyncio.Future[EmbedReply] = asyncio.get_running_loop().create_future()
         self._waiting[number] = answer
         self.load += tokens
-        self._transport.write(Frame(number, Word.CALL, pack_call(call)).packed())
         try:
+            self._transport.write(packed)
             return await answer
         except asyncio.CancelledError:
             if not self.lost:
@@ -99,7 +107,8 @@ class Conduit(asyncio.Protocol):
                 self._answer(frame)
         except Malformed as error:
             log.warning("an embedder speaks another language: %s", error)
-            self.close()
+            if self._transport is not None:
+                self._transport.abort()  # closing would wait until it has read what we sent
 
     def connection_lost(self, _error: Exception | None) -> None:
         """Whoever waits may ask another replica."""
@@ -117,7 +126,7 @@ class Conduit(asyncio.Protocol):
         elif frame.word is Word.REFUSAL:
             answer.set_exception(read_refusal(frame.body))
         elif frame.word is Word.LEAVING:
-            answer.set_exception(ConduitLost())
+            answer.set_exception(ReplicaLeaves())
         else:
             raise Malformed(f"{frame.word.name} from an embedder")
 
@@ -137,15 +146,22 @@ class Conduits:
         self._stale = asyncio.Event()
 
     def best(self) -> Conduit | None:
-        """To the replica with least to do, as far as is known here; None: use the handle."""
+        """To the replica with least to do, as far as is known here; None: use the handle.
+
+        Of equals the one that was chosen longest ago: else all ingresses would choose the first.
+        """
         alive = [one for one in self._open.values() if not one.lost]
         if len(alive) < len(self._open):
             self._stale.set()
-        return min(alive, key=lambda one: one.load, default=None)
+        best = min(alive, key=lambda one: one.load, default=None)
+        if best is not None:
+            self._open[best.address] = self._open.pop(best.address)  # to the end
+        return best
 
     def lose(self, conduit: Conduit) -> None:
-        """It sends calls away: ask nothing more of it."""
-        self._open.pop(conduit.address, None)
+        """It is lost, or sends calls away: ask nothing more of it."""
+        if self._open.get(conduit.address) is conduit:  # not the one that was opened after it
+            del self._open[conduit.address]
         self._leaving.add(conduit)
         self._stale.set()
 
@@ -172,15 +188,17 @@ class Conduits:
         except (ServiceError, TimeoutError) as error:
             log.info("the replicas did not say where they listen: %r", error)
             return  # what is open goes on
+        except Exception:  # a named rim: nothing is replaced because of a shorter way
+            log.exception("the replicas could not be asked where they listen")
+            return
         wanted = [one for one in found if one is not None and self._reachable(one)]
         if len(wanted) < len(found):
             wanted = []
         for address in self._open.keys() - set(wanted):
             self._leaving.add(self._open.pop(address))
-        for address in wanted:
-            held = self._open.get(address)
-            if held is None or held.lost:
-                await self._connect(address)
+        held = {address for address, one in self._open.items() if not one.lost}
+        # Side by side: one that does not answer must not keep us from the others.
+        await asyncio.gather(*(self._connect(one) for one in wanted if one not in held))
         for conduit in tuple(self._leaving):
             if conduit.lost or conduit.idle:
                 conduit.close()

@@ -20,7 +20,7 @@ from ray.serve.exceptions import (
 from ray.serve.handle import DeploymentHandle
 
 from deployments.actors import LEDGER, UPSERTER
-from deployments.conduit import ConduitLost, Conduits
+from deployments.conduit import ConduitLost, Conduits, ReplicaLeaves
 from deployments.frames import carries
 from deployments.named import Named, caused
 from deployments.outlet import Address
@@ -99,7 +99,8 @@ class LedgerPort(Ledger, Queues):
 
 
 class EmbedderPort(Embedder):
-    """One pool's embedder deployment. A call whose replica dies or leaves is repeated once.
+    """One pool's embedder deployment. A call whose replica dies is repeated once; one that a leaving
+    replica has not begun goes to another.
 
     `run` opens conduits to its replicas; without them, calls take the deployment's handle.
     """
@@ -129,14 +130,15 @@ class EmbedderPort(Embedder):
         raise ModelUnavailable("The model's replica died twice.", retry_after_s=5)
 
     async def _once(self, call: EmbedCall) -> EmbedReply:
-        conduit = self._conduits.best() if carries(call) else None
-        if conduit is None:
-            return await self._by_handle(call)
-        try:
-            return await conduit.embed(call)
-        except ConduitLost:
-            self._conduits.lose(conduit)
-            raise
+        while carries(call) and (conduit := self._conduits.best()):
+            try:
+                return await conduit.embed(call)
+            except ReplicaLeaves:  # several may leave at once: each is asked once
+                self._conduits.lose(conduit)
+            except ConduitLost:
+                self._conduits.lose(conduit)
+                raise
+        return await self._by_handle(call)
 
     async def _by_handle(self, call: EmbedCall) -> EmbedReply:
         response = self._handle.embed.remote(call)

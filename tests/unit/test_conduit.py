@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from deployments import conduit as conduit_module
+from deployments import frames as frames_module
 from deployments import outlet as outlet_module
-from deployments.conduit import Conduit, ConduitLost, Conduits
+from deployments.conduit import Conduit, ConduitLost, Conduits, ReplicaLeaves
 from deployments.frames import Frame, Word, pack_call
 from deployments.outlet import Address, Outlet
 from serve.errors import Internal, ModelUnavailable, Overloaded, QuotaExceeded
@@ -38,6 +39,7 @@ class Model:
         self.calls: list[EmbedCall] = []
         self.dropped: list[str] = []
         self.error: Exception | None = None
+        self.width = 4
 
     async def embed(self, call: EmbedCall) -> EmbedReply:
         self.calls.append(call)
@@ -48,7 +50,9 @@ class Model:
             raise
         if self.error is not None:
             raise self.error
-        return EmbedReply(np.array([call.inputs[0].ids], np.float32), infer_ms=7.0)
+        row = np.zeros(self.width, np.float32)
+        row[: len(call.inputs[0].ids)] = call.inputs[0].ids
+        return EmbedReply(row[None], infer_ms=7.0)
 
     async def until(self, count: int) -> None:
         await until(lambda: len(self.calls) >= count)
@@ -113,6 +117,23 @@ async def test_a_fault_over_there_is_internal_and_logged_there(pipe, model, capl
     assert "secret" in caplog.text
 
 
+async def test_a_reply_that_no_frame_holds_is_a_fault_and_no_other_call_is_lost(
+    pipe, model, monkeypatch
+):
+    monkeypatch.setattr(frames_module, "BODY_BYTES_MAX", 300)
+    model.width = 100
+    with pytest.raises(Internal):
+        await pipe.embed(call())
+    model.width = 4
+    assert (await pipe.embed(call())).infer_ms == 7.0
+
+
+async def test_a_call_that_cannot_be_packed_leaves_no_load_behind(pipe):
+    with pytest.raises(TypeError):
+        await pipe.embed(replace(call(), request_id="\ud800"))
+    assert (pipe.load, pipe.idle) == (0, True)
+
+
 async def test_a_caller_that_leaves_is_dropped_by_its_number(pipe, model):
     model.go.clear()
     leaver = asyncio.create_task(pipe.embed(call("leaver")))
@@ -153,7 +174,7 @@ async def test_a_replica_that_leaves_ends_what_it_has_and_sends_the_rest_away(pi
     await model.until(1)
     leaving = asyncio.create_task(outlet.close(10))
     await asyncio.sleep(0)
-    with pytest.raises(ConduitLost):
+    with pytest.raises(ReplicaLeaves):
         await pipe.embed(call("late"))
     model.go.set()
     assert (await held).infer_ms == 7.0
@@ -193,6 +214,30 @@ async def test_who_talks_nonsense_is_cut_off(address, model, frame):
 async def test_who_says_nothing_is_cut_off(address, monkeypatch):
     monkeypatch.setattr(outlet_module, "HELLO_S_MAX", 0.01)
     assert await heard(address, b"") == b""
+
+
+async def test_who_answers_nonsense_is_left_although_it_does_not_read():
+    over, ended = asyncio.Event(), asyncio.Event()
+
+    async def nonsense(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(2**16)  # the call has begun to arrive; nothing more is read
+        writer.write(bytes(99))
+        await over.wait()
+        writer.transport.abort()
+        ended.set()
+
+    async with await asyncio.start_server(nonsense, "127.0.0.1", limit=2**10) as server:
+        port = server.sockets[0].getsockname()[1]
+        pipe = await Conduit.connect(Address(NODE, "127.0.0.1", port, "secret"))
+        with pytest.raises(ConduitLost):
+            await pipe.embed(call(tokens=2**23))
+        over.set()
+        await ended.wait()
+    assert pipe.lost
+
+
+def test_an_address_does_not_tell_its_secret_to_a_log():
+    assert "hush" not in repr(Address(NODE, "127.0.0.1", 1, "hush"))
 
 
 class Town:
@@ -244,6 +289,41 @@ async def test_replicas_are_found_and_the_one_with_least_to_do_is_chosen(town, c
     await busy
     for one in outlets:
         await one.close(0)
+
+
+async def test_of_equals_the_one_is_chosen_that_was_not_chosen_for_longest(town, conduits, model):
+    outlets = [Outlet(model.embed, calls_max=8) for _ in range(3)]
+    town.addresses = [await one.open(NODE) for one in outlets]
+    await looked(town)
+    ports = [conduits.best().address.port for _ in range(6)]
+    assert ports == [one.port for one in town.addresses] * 2
+    for one in outlets:
+        await one.close(0)
+
+
+async def test_one_that_does_not_answer_does_not_keep_others_from_being_found(
+    town, conduits, address, monkeypatch
+):
+    connect, dead = Conduit.connect, replace(address, port=1)
+    never = asyncio.Event()
+
+    async def connected(one: Address) -> Conduit:
+        if one == dead:
+            await never.wait()
+        return await connect(one)
+
+    monkeypatch.setattr(Conduit, "connect", connected)
+    town.addresses = [dead, address]
+    await until(lambda: conduits.best() is not None)
+    assert conduits.best().address == address
+
+
+async def test_a_search_that_fails_in_an_unknown_way_is_made_again(town, conduits, address, caplog):
+    town.error = RuntimeError("Router is not initialized")
+    await looked(town)
+    assert "Router is not initialized" in caplog.text
+    town.error, town.addresses = None, [address]
+    await until(lambda: conduits.best() is not None)
 
 
 async def test_one_that_cannot_be_reached_from_here_means_the_handle_for_all(
@@ -306,6 +386,16 @@ async def test_one_that_refuses_is_not_asked_again_before_it_is_found_again(
     first = conduits.best()
     conduits.lose(first)
     assert conduits.best() is None
+
+
+async def test_who_loses_an_old_connection_does_not_lose_the_new_one(town, conduits, address):
+    town.addresses = [address]
+    await looked(town)
+    first = conduits.best()
+    first.close()
+    await until(lambda: conduits.best() not in (None, first))
+    conduits.lose(first)
+    assert conduits.best() not in (None, first)
 
 
 async def test_a_port_where_nobody_listens_is_left_alone(town, conduits, address, outlet, caplog):
