@@ -27,6 +27,8 @@ log = logging.getLogger("headrace.outlet")
 
 LOOPBACK = "127.0.0.1"
 HELLO_S_MAX = 10.0
+STRANGERS_MAX = 64
+"""Connections that have not said the secret yet. Whoever knows it says it at once."""
 
 Embed = Callable[[EmbedCall], Awaitable[EmbedReply]]
 
@@ -50,6 +52,7 @@ class Outlet:
         self._token = secrets.token_hex(16)
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._strangers: dict[Peer, None] = {}  # the oldest first
         self._peers: set[Peer] = set()
         self._leaving = False
         self.calls = 0
@@ -70,15 +73,25 @@ class Outlet:
             await asyncio.wait(self._tasks, timeout=drain_s)
         for task in self._tasks:
             task.cancel()
-        for peer in tuple(self._peers):
+        for peer in (*self._peers, *self._strangers):
             peer.close()
+
+    def met(self, peer: "Peer") -> None:
+        """A connection was made. Of too many strangers the oldest is cut off."""
+        self._strangers[peer] = None
+        if len(self._strangers) > STRANGERS_MAX:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            oldest.close()
 
     def joined(self, peer: "Peer") -> None:
         """A connection has said the secret."""
+        self._strangers.pop(peer, None)
         self._peers.add(peer)
 
     def left(self, peer: "Peer") -> None:
         """A connection is gone."""
+        self._strangers.pop(peer, None)
         self._peers.discard(peer)
 
     def begin(self, peer: "Peer", frame: Frame) -> asyncio.Task[None] | None:
@@ -125,6 +138,7 @@ class Peer(asyncio.Protocol):
         """Wait for the secret, not for ever."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass
         self._patience = asyncio.get_running_loop().call_later(HELLO_S_MAX, self._unheard)
+        self._outlet.met(self)
 
     def data_received(self, data: bytes) -> None:
         """Frames, or parts of them. Who sends anything else is cut off."""

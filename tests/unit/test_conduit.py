@@ -216,6 +216,22 @@ async def test_who_says_nothing_is_cut_off(address, monkeypatch):
     assert await heard(address, b"") == b""
 
 
+async def test_of_many_who_say_nothing_the_first_are_cut_off_and_friends_come_in(
+    address, pipe, monkeypatch
+):
+    monkeypatch.setattr(outlet_module, "STRANGERS_MAX", 2)
+    silent = [await asyncio.open_connection(address.host, address.port) for _ in range(5)]
+    friend = await Conduit.connect(address)
+    for reader, _ in silent[:3]:
+        assert await reader.read() == b""
+    assert (await friend.embed(call())).infer_ms == 7.0
+    assert (await pipe.embed(call())).infer_ms == 7.0
+    assert not silent[-1][0].at_eof()
+    friend.close()
+    for _, writer in silent:
+        writer.transport.abort()
+
+
 async def test_who_answers_nonsense_is_left_although_it_does_not_read():
     over, ended = asyncio.Event(), asyncio.Event()
 
