@@ -30,6 +30,9 @@ class Embedder:
 
     async def __init__(self, pool: config.Pool, settings: config.Settings) -> None:  # type: ignore[misc]
         """Load and warm every pinned model, then start the batcher; ready means a forward pass ran."""
+        # First: Serve calls `__del__` even when a model cannot be loaded.
+        self._outlet = Outlet(self.embed, calls_max=pool.calls_max)
+        self._drain_s = settings.actors.drain_s
         self._executor = ThreadPoolExecutor(1, "model")  # one slot: two pools of threads fight
         self._pool = Pool(pool, clock=time.monotonic)
         await asyncio.get_running_loop().run_in_executor(self._executor, self._pool.load)
@@ -42,9 +45,7 @@ class Embedder:
             clock=time.monotonic,
         )
         self._task = asyncio.create_task(self._batcher.run())
-        self._outlet = Outlet(self.embed, calls_max=pool.calls_max)
         self._address = await self._listen(pool)
-        self._drain_s = settings.actors.drain_s
         self._reports_failed = 0
         self._reporting = asyncio.create_task(self._report(pool.name, settings))
         self._publishing = asyncio.create_task(publish_models(self._pool.holdings))
