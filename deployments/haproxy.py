@@ -51,7 +51,8 @@ def placed() -> Iterator[Mapping[str, str]]:
     there is no HAProxy, or programs under /tmp may not run.
     """
     binary = _binary()
-    with tempfile.TemporaryDirectory(prefix="hr-", dir="/tmp") as name:
+    # What of Ray still ends may write there meanwhile: no reason to fail.
+    with tempfile.TemporaryDirectory(prefix="hr-", dir="/tmp", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         program = folder / PLACES[PROGRAM]
         command = shlex.join([sys.executable, "-I", "-S", __file__, binary])

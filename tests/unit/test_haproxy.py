@@ -1,5 +1,6 @@
 """deployments.haproxy: what HAProxy is not told to open, and how it is started."""
 
+import errno
 import json
 import os
 import signal
@@ -142,4 +143,18 @@ def test_the_folder_is_this_users_only_and_short_enough_for_a_socket(binary):
             assert Path(environment[variable]).is_relative_to(folder)
         socket = folder / node_id / haproxy.PLACES["RAY_SERVE_HAPROXY_SOCKET_PATH"]
         assert len(os.fsencode(f"{socket}.{2**22}.tmp")) <= 107
+    assert not folder.exists()
+
+
+def test_a_folder_that_ray_still_writes_to_does_not_fail_the_end(binary, monkeypatch):
+    def full(path, **_) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", path)
+
+    with haproxy.placed() as environment, monkeypatch.context() as patched:
+        folder = Path(environment[haproxy.PROGRAM]).parent
+        patched.setattr(os, "rmdir", full)
+        with haproxy.placed() as another:
+            left = Path(another[haproxy.PROGRAM]).parent
+    assert left.exists()
+    left.rmdir()
     assert not folder.exists()
