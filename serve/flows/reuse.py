@@ -145,7 +145,7 @@ class Reuse:
 
         Its end is waited for; what it did not bring, for a reason of its own, is asked for by one of those
         who waited. Nobody waits for others before their own call has ended, so no two wait for each
-        other. Raises what `ask` raises, and DeadlineExceeded when others took `deadline_s`.
+        other. All waits together take `deadline_s` at most. Raises what `ask` raises, and DeadlineExceeded.
         """
         landed: dict[Key, Outcome] = {}
         wanted = dict(zip(keys, rows, strict=True))
@@ -154,16 +154,19 @@ class Reuse:
             found = {key: self._flights.get((rank, key)) for key in wanted}
             own = [key for key, flight in found.items() if flight is None]
             if own:
-                answer = ask([wanted[key] for key in own], deadline_s - waited_s)
+                answer = ask([wanted[key] for key in own], deadline_s)
                 reply = await self._led(rank, own, answer)
                 if len(own) == len(keys):
                     return reply
                 landed |= _by_key(own, reply)
+                deadline_s -= reply.queue_ms / 1e3
                 queue_ms, infer_ms = max(queue_ms, reply.queue_ms), max(infer_ms, reply.infer_ms)
             others = {key: flight for key, flight in found.items() if flight is not None}
             began = self._clock()
-            await _ended(others.values(), deadline_s - waited_s)
-            waited_s += self._clock() - began
+            await _ended(others.values(), deadline_s)
+            took_s = self._clock() - began
+            waited_s += took_s
+            deadline_s -= took_s
             seen = {key: flight.outcome(key) for key, flight in others.items()}
             brought = {key: outcome for key, outcome in seen.items() if outcome is not None}
             self.tally.shared += len(brought)

@@ -349,6 +349,17 @@ async def test_who_takes_over_has_waited_already(rig, clock):
     assert other.done()
 
 
+async def test_who_takes_over_has_waited_in_the_queue_as_well(rig, clock):
+    await rig.ask(1)
+    await rig.ask(1, 2)
+    rig.embedder.answers[1].set_result(EmbedReply(vectors(2), (), 5000.0, 7.0))
+    await turns()
+    clock.advance(4)
+    await rig.embedder.fail(0, DeadlineExceeded("Too late."))
+    assert rig.embedder.asked == [[1], [2], [1]]
+    assert [call.deadline_s for call in rig.embedder.calls] == [10, 10, 1]
+
+
 async def test_nobody_waits_longer_than_they_would_have(rig):
     leader, other = await rig.ask(1), await rig.ask(1, deadline_s=0.001)
     with pytest.raises(DeadlineExceeded):
