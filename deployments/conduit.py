@@ -143,6 +143,8 @@ class Conduits:
         self._node = node
         self._open: dict[Address, Conduit] = {}
         self._leaving: set[Conduit] = set()
+        self._whole = False
+        """Whether there is one to each replica, as far as was seen."""
         self._stale = asyncio.Event()
 
     def best(self) -> Conduit | None:
@@ -150,6 +152,8 @@ class Conduits:
 
         Of equals the one that was chosen longest ago: else all ingresses would choose the first.
         """
+        if not self._whole:
+            return None
         alive = [one for one in self._open.values() if not one.lost]
         if len(alive) < len(self._open):
             self._stale.set()
@@ -199,6 +203,7 @@ class Conduits:
         held = {address for address, one in self._open.items() if not one.lost}
         # Side by side: one that does not answer must not keep us from the others.
         await asyncio.gather(*(self._connect(one) for one in wanted if one not in held))
+        self._whole = self._open.keys() >= set(wanted)
         for conduit in tuple(self._leaving):
             if conduit.lost or conduit.idle:
                 conduit.close()
@@ -212,4 +217,4 @@ class Conduits:
         try:
             self._open[address] = await Conduit.connect(address)
         except (OSError, TimeoutError) as error:
-            log.warning("the embedder at %s:%d: %s", address.host, address.port, error)
+            log.warning("the embedder at %s:%d: %r", address.host, address.port, error)

@@ -318,8 +318,10 @@ async def test_of_equals_the_one_is_chosen_that_was_not_chosen_for_longest(town,
 
 
 async def test_one_that_does_not_answer_does_not_keep_others_from_being_found(
-    town, conduits, address, monkeypatch
+    town, conduits, address, model, monkeypatch
 ):
+    town.addresses = [address]
+    await looked(town)
     connect, dead = Conduit.connect, replace(address, port=1)
     never = asyncio.Event()
 
@@ -329,9 +331,28 @@ async def test_one_that_does_not_answer_does_not_keep_others_from_being_found(
         return await connect(one)
 
     monkeypatch.setattr(Conduit, "connect", connected)
-    town.addresses = [dead, address]
-    await until(lambda: conduits.best() is not None)
-    assert conduits.best().address == address
+    outlet = Outlet(model.embed, calls_max=8)
+    another = await outlet.open(NODE)
+    town.addresses = [dead, address, another]
+    await until(lambda: conduits.best().address == another)
+    await outlet.close(0)
+
+
+async def test_one_that_can_be_asked_but_not_connected_to_means_the_handle_for_all(
+    town, conduits, address, model
+):
+    outlet = Outlet(model.embed, calls_max=8)
+    walled = await outlet.open(NODE)
+    await outlet.close(0)
+    town.addresses = [address]
+    await looked(town)
+    before = conduits.best()
+    town.addresses = [address, walled]
+    await looked(town)
+    assert conduits.best() is None
+    town.addresses = [address]
+    await looked(town)
+    assert conduits.best() is before
 
 
 async def test_a_search_that_fails_in_an_unknown_way_is_made_again(town, conduits, address, caplog):
