@@ -30,6 +30,8 @@ CONNECT_S_MAX = 2.0
 LOOK_EVERY_S = 2.0
 LOOK_AGAIN_S = 0.1
 """After a connection was lost."""
+UNREAD_BYTES_MAX = 4 * 2**20
+"""What waits to be sent to a replica, but for one more call: 64 of the largest of `slice_tokens` 16,384."""
 
 
 class ConduitLost(Exception):
@@ -41,12 +43,15 @@ class ReplicaLeaves(Exception):
 
 
 class Conduit(asyncio.Protocol):
-    """One connection to one replica. `load` is the tokens of the calls that are under way."""
+    """One connection to one replica. `load` is the tokens of the calls that are under way; it is `stuck`
+    while the replica does not read what it was sent.
+    """
 
     def __init__(self, address: Address) -> None:
         self.address = address
         self.load = 0
         self.lost = False
+        self.stuck = False
         self._frames = Splitter()
         self._numbers = count(1)
         self._waiting: dict[int, asyncio.Future[EmbedReply]] = {}
@@ -98,6 +103,7 @@ class Conduit(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Say the secret."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass
+        self._transport.set_write_buffer_limits(UNREAD_BYTES_MAX)
         self._transport.write(Frame(0, Word.HELLO, self.address.token.encode()).packed())
 
     def data_received(self, data: bytes) -> None:
@@ -109,6 +115,14 @@ class Conduit(asyncio.Protocol):
             log.warning("an embedder speaks another language: %s", error)
             if self._transport is not None:
                 self._transport.abort()  # closing would wait until it has read what we sent
+
+    def pause_writing(self) -> None:
+        """More than UNREAD_BYTES_MAX waits; callers that leave do not take back what they sent."""
+        self.stuck = True
+
+    def resume_writing(self) -> None:
+        """The replica reads again."""
+        self.stuck = False
 
     def connection_lost(self, _error: Exception | None) -> None:
         """Whoever waits may ask another replica."""
@@ -157,7 +171,8 @@ class Conduits:
         alive = [one for one in self._open.values() if not one.lost]
         if len(alive) < len(self._open):
             self._stale.set()
-        best = min(alive, key=lambda one: one.load, default=None)
+        reading = (one for one in alive if not one.stuck)
+        best = min(reading, key=lambda one: one.load, default=None)
         if best is not None:
             self._open[best.address] = self._open.pop(best.address)  # to the end
         return best

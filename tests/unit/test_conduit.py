@@ -355,6 +355,39 @@ async def test_one_that_can_be_asked_but_not_connected_to_means_the_handle_for_a
     assert conduits.best() is before
 
 
+async def test_a_replica_that_does_not_read_is_sent_no_more_until_it_does(
+    town, conduits, monkeypatch
+):
+    monkeypatch.setattr(conduit_module, "UNREAD_BYTES_MAX", 2**20)
+    reads, ended = asyncio.Event(), asyncio.Event()
+
+    async def deaf(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reads.wait()
+        await reader.read()
+        writer.transport.abort()
+        ended.set()
+
+    async with await asyncio.start_server(deaf, "127.0.0.1", limit=2**10) as server:
+        port = server.sockets[0].getsockname()[1]
+        town.addresses = [Address(NODE, "127.0.0.1", port, "secret")]
+        await until(lambda: conduits.best() is not None)
+        pipe, one = conduits.best(), call(tokens=2**16)
+        for _ in range(100):  # 25 MiB of callers who all leave; the kernel takes some 10
+            if conduits.best() is None:
+                break
+            caller = asyncio.create_task(pipe.embed(one))
+            await asyncio.sleep(0)
+            caller.cancel()
+            await asyncio.gather(caller, return_exceptions=True)
+        assert conduits.best() is None
+        assert pipe.idle
+        assert pipe._transport.get_write_buffer_size() < 2**20 + 2**19
+        reads.set()
+        await until(lambda: conduits.best() is pipe)
+        pipe.close()
+        await ended.wait()
+
+
 async def test_a_search_that_fails_in_an_unknown_way_is_made_again(town, conduits, address, caplog):
     town.error = RuntimeError("Router is not initialized")
     await looked(town)
