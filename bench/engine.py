@@ -118,7 +118,8 @@ class Bench:
                 ways: dict[str, Callable[[], object]] = {ENCODE: _encoding(self._encode, load)}
                 for name, engine in found.items():
                     planned = load.planned(paces[name], self._batch)
-                    self._waste(load, planned)
+                    if self._device.ours == f"{name}_planned":
+                        self._waste(load, planned)
                     for packing, batches in (("planned", planned), ("arrival", load.arrival())):
                         ways[f"{name}_{packing}"] = _forwarding(engine, load, batches)
                 names = list(ways) if number % 2 == 0 else list(ways)[::-1]

@@ -117,7 +117,7 @@ def loads(model: config.Model, shrink: int, times: int) -> list[Load]:
     tokenizer = Tokenizer.open(model)
     made = []
     for name, (make, count) in LOADS.items():
-        lines = make(max(count * times // shrink, REQUEST))
+        lines = make(max(count * times // shrink, 2 * REQUEST))
         limit = min(model.tokens_max, LONGEST)
         rows = [tokenizer.truncate(row, limit) for row in tokenizer.encode(lines)]
         every = list(range(len(lines)))

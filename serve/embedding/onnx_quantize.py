@@ -6,7 +6,9 @@
 torch when it was made.
 """
 
+import shutil
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,9 +56,18 @@ def _quantize(original: Path, path: Path) -> None:
     # One scale for each column of a matrix: with one for all of it MiniLM's least cosine is 0.88. Seven
     # bits: with eight, products saturate on CPUs without VNNI, and vectors would depend on the CPU.
     # Nothing but matrix products: the quantizer's attention is another operator of that name.
-    quantize_dynamic(
-        original, path, op_types_to_quantize=["MatMul"], per_channel=True, reduce_range=True
-    )
+    with tempfile.TemporaryDirectory() as copy:  # the quantizer writes beside what it reads
+        shutil.copytree(original.parent, copy, dirs_exist_ok=True)
+        quantize_dynamic(
+            Path(copy) / original.name,
+            path,
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            reduce_range=True,
+            use_external_data_format=True,  # mapped, as the exporter's
+        )
+    for made in path.parent.iterdir():  # weights come readable for their owner only
+        made.chmod(original.stat().st_mode)
 
 
 def main() -> None:

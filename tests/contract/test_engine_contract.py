@@ -194,6 +194,31 @@ def test_a_graph_equals_torch_in_batches_of_every_shape() -> None:
         assert cosines.min() > 0.9999
 
 
+def test_a_graph_in_int8_says_what_it_costs_and_is_as_readable_as_its_original() -> None:
+    exact = Graphs(GRAPHS).take(MINILM, threads=2)
+    coarse = Graphs(GRAPHS).take(INT8, threads=2)
+    assert exact.cosine_min > 0.9999
+    assert exact.loss == {}
+    assert coarse.files.keys() == exact.files.keys() == {"graph.onnx", "graph.onnx.data"}
+    modes = [
+        (graph.folder / name).stat().st_mode for graph in (exact, coarse) for name in exact.files
+    ]
+    assert len(set(modes)) == 1
+    assert (
+        0.95 < coarse.cosine_min <= coarse.loss["cosine_min"] < coarse.loss["cosine_mean"] < 0.999
+    )
+    assert coarse.loss["top10_overlap"] > 0.8
+    assert coarse.loss["texts"] == 400
+
+
+def test_int8_is_near_float32_and_not_the_same() -> None:
+    exact, coarse = Subject(MINILM, _onnx(MINILM)), Subject(INT8, _onnx(INT8))
+    cosines = (
+        exact.engine.forward(exact.inputs(TEXTS)) * coarse.engine.forward(coarse.inputs(TEXTS))
+    ).sum(axis=1)
+    assert 0.95 < cosines.min() < 0.9999
+
+
 def test_a_graph_that_is_kept_is_served_without_torch() -> None:
     """Importing torch takes ten seconds and 300 MB; its import here is what fails this test."""
     Graphs(GRAPHS).take(MINILM, threads=2)
