@@ -219,7 +219,7 @@ class Pool:
         try:
             return self._builders[model.engine](model, self._settings)
         except ModelUnavailable as error:
-            if model.engine != "onnx" or not model.torch_fallback:
+            if not model.torch_may_serve:
                 raise
             log.warning("torch serves %s instead of ONNX Runtime: %s", model.id, error.message)
             return self._builders["sentence_transformers"](model, self._settings)
