@@ -39,7 +39,8 @@ class Counts:
 class Held:
     """One model: `bytes` are expected until it is loaded, then measured.
 
-    `uses` are its queued calls and its hand-out at the model. `doomed`: it leaves once it has none.
+    `uses` are its queued calls and its hand-out at the model. `doomed`: it leaves once it has none,
+    or is being unloaded.
     `failures` are those since it last made a vector; `broken`: one of them was a probe's.
     """
 
@@ -112,12 +113,12 @@ class Holdings:
         held.uses -= 1
         held.used_at = now
 
-    def forget(self, model_id: str) -> None:
+    def forget(self, model_id: str, now: float) -> None:
         """Nobody waits for it any more; a pinned model is wanted all the same."""
-        first = self._first_absent()
+        first = self._first_absent(now)
         if not self._held[model_id].pinned:
             self._unwant(model_id)
-        if self._first_absent() != first:  # it was for this one that others were drained
+        if self._first_absent(now) != first:  # it was for this one that others were drained
             self._open_all()
 
     def is_open(self, model_id: str) -> bool:
@@ -127,11 +128,16 @@ class Holdings:
     # --- what is next ---------------------------------------------------------------------
 
     def step(self, now: float) -> Step | None:
-        """What is to be done now, if anything; nothing more until its end was told."""
-        if self._under_way is None:
-            self._under_way = self._next(now)
-            return self._under_way
-        return None
+        """What is to be done now, if anything; nothing more until its end was told.
+
+        A model that is being unloaded takes no more work: its new calls wait until it is back.
+        """
+        if self._under_way is not None:
+            return None
+        self._under_way = self._next(now)
+        if self._under_way is not None and self._under_way.word == "unload":
+            self._held[self._under_way.model].doomed = True
+        return self._under_way
 
     def due(self, now: float) -> float | None:
         """When `step` may say more although nothing has happened."""
@@ -150,11 +156,9 @@ class Holdings:
         for model_id, held in self._held.items():
             if held.doomed and not held.uses:
                 return Step("unload", model_id)
-        for model_id in self._waiting:
-            held = self._held[model_id]
-            if not held.loaded and held.retry_at <= now:  # nobody overtakes the first
-                return self._make_room(model_id, now) or self._outlasted(now)
-        return self._outlasted(now)
+        first = self._first_absent(now)  # nobody overtakes it
+        room = None if first is None else self._make_room(first, now)
+        return room or self._outlasted(now)
 
     def _make_room(self, model_id: str, now: float) -> Step | None:
         need = self._held[model_id].bytes
@@ -168,7 +172,7 @@ class Holdings:
         idle = self._idle()
         if sum(self._held[one].bytes for one in idle) >= excess:
             return Step("unload", idle[0])
-        if now - self._held[model_id].wanted_at >= self._settings.swap_after_s:
+        if self._held[model_id].wanted_at + self._settings.swap_after_s <= now:
             self._drain(excess)
         return None
 
@@ -183,8 +187,11 @@ class Holdings:
     # --- what became of it ----------------------------------------------------------------
 
     def loaded(self, model_id: str, size_bytes: int, now: float) -> None:
-        """It is loaded, and has that size. Where that is too much, idle ones leave or it does."""
+        """It is loaded, and has that size. Where that is too much, idle ones leave or it does, to
+        be loaded again if somebody still waits for it.
+        """
         held = self._held[model_id]
+        wanted = model_id in self._waiting
         self._under_way = None
         self._unwant(model_id)
         self._open_all()
@@ -195,7 +202,7 @@ class Holdings:
         idle = [one for one in self._idle() if one != model_id]
         if excess > sum(self._held[one].bytes for one in idle):
             held.doomed = True
-            self._waiting.insert(0, model_id)
+            self._waiting[:0] = [model_id] if wanted else []
             return
         for one in idle:
             if excess > 0:
@@ -289,8 +296,13 @@ class Holdings:
         if model_id in self._waiting:
             self._waiting.remove(model_id)
 
-    def _first_absent(self) -> str | None:
-        return next((one for one in self._waiting if not self._held[one].loaded), None)
+    def _first_absent(self, now: float) -> str | None:
+        """The next one to be loaded, of those that may be tried."""
+        for model_id in self._waiting:
+            held = self._held[model_id]
+            if not held.loaded and held.retry_at <= now:
+                return model_id
+        return None
 
     def _idle(self) -> list[str]:
         """Least recently used first."""

@@ -183,7 +183,7 @@ class Batcher:
         if used:
             self._holdings.leave(model, self._clock())
         elif not self._parked.waits(model):
-            self._holdings.forget(model)
+            self._holdings.forget(model, self._clock())
             self._unpark()
         if not self._holdings.settled:
             self._loads.look()

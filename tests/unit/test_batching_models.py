@@ -167,6 +167,39 @@ async def test_an_idle_model_makes_room_at_once(rig):
     ]  # fmt: skip
 
 
+async def test_a_call_that_arrives_while_its_idle_model_is_unloaded_waits_for_it_to_come_back(rig):
+    one = rig(loose="mn", pool={"memory_bytes_max": 150})
+    await one.ask(ids(1), model="m")
+    one.loader.held = True
+    await one.start(ids(2), model="n")
+    assert len(one.loader.waiting) == 1  # the unload of m has begun
+    late = await one.start(ids(3), model="m")
+    assert one.spy.seen == [1, 1]  # nothing is given to an engine that may be closed already
+    await one.release()
+    assert (await late).failures == ()
+    assert one.log[1:] == [("unload", "m"), ("load", "n"), ("unload", "n"), ("load", "m")]
+    assert one.probed == []
+
+
+async def test_a_drained_model_that_is_being_unloaded_does_not_come_back_half_way(rig, clock):
+    """The call that it leaves for goes away in that moment."""
+    one = rig(loose="mn", pool={"memory_bytes_max": 150, "swap_after_s": 2})
+    await one.ask(ids(1), model="m")
+    await one.hold()
+    leaves = await one.start(ids(2), model="n")
+    clock.advance(2)
+    one.batcher._loads.look()
+    parked = await one.start(ids(3), model="m")
+    one.loader.held = True
+    await one.device.step()  # the last of its work: now it is unloaded
+    await one.leave(leaves)
+    assert not parked.done()
+    assert one.device.waiting == []
+    await one.release()
+    assert (await parked).failures == ()
+    assert one.log[1:] == [("unload", "m"), ("load", "m")]
+
+
 async def test_a_model_for_which_there_is_no_room_at_all_is_refused_with_the_reason(rig):
     one = rig(loose="n", pool={"memory_bytes_max": 150, "load_retry_s": 7})
     with pytest.raises(ModelUnavailable, match="more memory than its pool") as caught:
