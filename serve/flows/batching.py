@@ -348,7 +348,7 @@ class Batcher:
         except ModelUnavailable:
             self._broke(model)
             return
-        if len(ran.guilty) < len(awaited):
+        if ran.worked:
             self._holdings.worked(model)
         self._charge(ran)
 

@@ -65,10 +65,14 @@ class Engines(Protocol):
 
 @dataclass(slots=True)
 class Ran:
-    """What a batch came to: inputs that were run again, once for each time, and because of whom."""
+    """What a batch came to: inputs that were run again, once for each time, and because of whom.
+
+    `worked`: the model made a vector.
+    """
 
     repeated: list[Member] = field(default_factory=list)
     guilty: list[Member] = field(default_factory=list)
+    worked: bool = False
 
 
 class Runner:
@@ -140,6 +144,7 @@ class Runner:
     ) -> None:
         """Hand rows to their calls; a row without a usable vector is tried once more, alone."""
         now = self._clock()
+        ran.worked = ran.worked or len(bad) < len(members)
         for row, (pending, index) in enumerate(members):
             if row not in bad:
                 pending.put(index, vectors[row])

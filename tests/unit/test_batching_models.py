@@ -291,6 +291,27 @@ async def test_one_broken_model_does_not_sink_the_pool(rig, clock):
     assert (await one.ask(ids(1))).failures == ()
 
 
+async def test_a_pass_that_failed_and_whose_caller_left_does_not_show_that_the_model_works(rig):
+    one = rig(only="m")
+    one.loader.held = True
+    one.spy.fault = breaks
+    with pytest.raises(ModelUnavailable):
+        await one.ask(ids(1))
+    await one.leave(await one.start(ids(5)))
+    one.spy.fault = None
+    await one.release()
+    assert one.log == [("unload", "m"), ("load", "m")]
+    one.spy.fault = breaks
+    one.device.held = True
+    leaves = await one.start(ids(2))
+    await one.leave(leaves)
+    await one.release()
+    assert one.batcher.healthy
+    with pytest.raises(ModelUnavailable):
+        await one.ask(ids(3))
+    assert not one.batcher.healthy
+
+
 async def test_when_no_model_works_the_replica_is_given_up(rig):
     one = rig()
     for spy in one.engines.values():
