@@ -139,9 +139,7 @@ class Pool:
         """
         model = self._model(model_id)
         verify(model)
-        _import_runtime(self._builders[model.engine])
-        before = self._held()
-        engine = self._build(model)
+        engine, before = self._build(model)
         try:
             profile = self._warm_up(model, engine, before)
         except BaseException:
@@ -217,15 +215,24 @@ class Pool:
                 f"pool {self._settings.name} has {most}."
             )
 
-    def _build(self, model: Model) -> Engine:
-        """By the settings' word; torch where a graph cannot be had, which makes the same vectors."""
+    def _build(self, model: Model) -> tuple[Engine, int]:
+        """By the settings' word; torch where a graph cannot be had, which makes the same vectors.
+
+        Also the memory that was held before the engine was made, but after its runtime was imported.
+        """
         try:
-            return self._builders[model.engine](model, self._settings)
+            return self._made_by(model.engine, model)
         except ModelUnavailable as error:
             if model.engine != "onnx" or not model.torch_fallback:
                 raise
             log.warning("torch serves %s instead of ONNX Runtime: %s", model.id, error.message)
-            return self._builders["sentence_transformers"](model, self._settings)
+            return self._made_by("sentence_transformers", model)
+
+    def _made_by(self, word: str, model: Model) -> tuple[Engine, int]:
+        builder = self._builders[word]
+        _import_runtime(builder)
+        before = self._held()
+        return builder(model, self._settings), before
 
     def _model(self, model_id: str) -> Model:
         for model in self._settings.models:
