@@ -80,6 +80,7 @@ class Holdings:
         }
         self._waiting: list[str] = []
         self._under_way: Step | None = None
+        self._began = 0.0
         self.bytes_max = settings.memory_bytes_max
 
     # --- who uses what --------------------------------------------------------------------
@@ -134,7 +135,7 @@ class Holdings:
         """
         if self._under_way is not None:
             return None
-        self._under_way = self._next(now)
+        self._under_way, self._began = self._next(now), now
         if self._under_way is not None and self._under_way.word == "unload":
             self._held[self._under_way.model].doomed = True
         return self._under_way
@@ -254,6 +255,14 @@ class Holdings:
         """Whether a model broke, its reload did not help, and no other model works."""
         hopeless = any(held.broken and held.failures > 1 for held in self._held.values())
         return hopeless and not any(held.loaded and not held.doomed for held in self._held.values())
+
+    def check(self, now: float) -> None:
+        """Raises ModelUnavailable when the reload of a model that broke hangs and no other is open."""
+        step, most_s = self._under_way, self._settings.reload_s_max
+        if step is None or not self._held[step.model].broken or now - self._began <= most_s:
+            return
+        if not any(held.open for held in self._held.values()):
+            raise ModelUnavailable(f"The model {step.model} is not back after {most_s:g} s.")
 
     @property
     def settled(self) -> bool:

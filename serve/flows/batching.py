@@ -31,9 +31,9 @@ class Batcher:
     """Orders calls fairly, batches them by tokens, isolates what fails.
 
     A model that fails on a known good input leaves its calls unanswered but for ModelUnavailable,
-    and is loaded again. `healthy` turns false for good when that did not help and no other model
-    works, when a pass does not return, or when `run` ends; from then on every call, waiting or new,
-    is answered with ModelUnavailable. `loader` is the thread of loads; None is the event loop's own.
+    and is loaded again. `healthy` turns false for good when that did not help or does not end and no
+    other model works, when a pass does not return, or when `run` ends; from then on every call,
+    waiting or new, is answered with ModelUnavailable. `loader` is the thread of loads; None is the event loop's own.
     """
 
     def __init__(
@@ -233,11 +233,12 @@ class Batcher:
 
     def check(self) -> None:
         """Raises ModelUnavailable when the replica is of no use any more; asked again and again."""
-        if self._runner.overdue:
+        try:
+            self._runner.check()
+            self._holdings.check(self._clock())
+        except ModelUnavailable:
             self._give_up()
-            raise ModelUnavailable(
-                f"A batch is at the model for more than {self._batch.forward_s_max:g} s."
-            )
+            raise
         if not self.healthy:
             raise ModelUnavailable("No model works.")
 

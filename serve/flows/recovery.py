@@ -109,10 +109,11 @@ class Runner:
         """Padded tokens of one of its batches, at most."""
         return self._budget(model).tokens
 
-    @property
-    def overdue(self) -> bool:
-        """Whether a pass is at the model for so long that it will never return."""
-        return self._began is not None and self._clock() - self._began > self._batch.forward_s_max
+    def check(self) -> None:
+        """Raises ModelUnavailable when a pass is at the model for so long that it never returns."""
+        most_s = self._batch.forward_s_max
+        if self._began is not None and self._clock() - self._began > most_s:
+            raise ModelUnavailable(f"A batch is at the model for more than {most_s:g} s.")
 
     async def run(self, members: list[Member]) -> Ran:
         """Give every input of a batch its outcome. Raises ModelUnavailable: the model is broken."""
@@ -203,7 +204,7 @@ class Runner:
         return True
 
     async def _on_device(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call it in the model's thread, under the eyes of `overdue`."""
+        """Call it in the model's thread, under the eyes of `check`."""
         loop = asyncio.get_running_loop()
         self._began = self._clock()
         try:

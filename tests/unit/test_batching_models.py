@@ -324,6 +324,30 @@ async def test_when_no_model_works_the_replica_is_given_up(rig):
         one.batcher.check()
 
 
+async def test_a_reload_that_never_ends_ends_the_replica_where_nothing_else_works(rig, clock):
+    for only, healthy in (("m", False), ("mn", True)):
+        one = rig(only=only, pool={"reload_s_max": 60})
+        one.loader.held = True
+        one.spy.fault = breaks
+        with pytest.raises(ModelUnavailable):
+            await one.ask(ids(1))
+        waits = await one.start(ids(2), deadline_s=3600)
+        clock.advance(59)
+        one.batcher.check()
+        clock.advance(2)
+        if not healthy:
+            with pytest.raises(ModelUnavailable, match="not back after 60 s"):
+                one.batcher.check()
+            with pytest.raises(ModelUnavailable):
+                await waits
+        else:
+            one.batcher.check()
+            assert not waits.done()
+        assert one.batcher.healthy is healthy
+        one.spy.fault = None
+        await one.release()
+
+
 # --- a pass that never returns ----------------------------------------------------------------
 
 
