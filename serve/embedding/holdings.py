@@ -269,6 +269,12 @@ class Holdings:
         """Whether all is loaded and stays, so that the end of a use makes nothing possible."""
         return all(held.pinned and held.open for held in self._held.values())
 
+    def suspects(self, model_id: str) -> list[str]:
+        """Models that are open beside one that broke, which may have lost their device as well."""
+        if not self._held[model_id].broken:
+            return []
+        return [one for one, held in self._held.items() if held.open]
+
     def counts(self) -> dict[str, tuple[Counts, int]]:
         """By model: what happened, and the bytes that it holds now."""
         return {

@@ -127,13 +127,10 @@ class Batcher:
             unbegun=len(call.inputs),
         )
 
-    def _cost(self, model: str, tokens: int, inputs: int = 1) -> float:
-        return self._costs.cost(model, tokens, inputs)
-
     def _park(self, pending: Pending) -> None:
         """Its model has to be loaded, or to leave and come back."""
         call = pending.call
-        self._parked.add(pending, self._cost(call.model, sum(call.tokens), len(call.inputs)))
+        self._parked.add(pending, self._costs.cost(call.model, sum(call.tokens), len(call.inputs)))
         self._loads.look()
 
     def _enqueue(self, pending: Pending) -> None:
@@ -149,7 +146,7 @@ class Batcher:
                 call.klass,
                 call.tenant,
                 weight=call.weight,
-                cost=self._cost(call.model, tokens, len(group)),
+                cost=self._costs.cost(call.model, tokens, len(group)),
                 item=Slice(pending, tuple(group)),
                 count=len(group),
                 priority=call.priority,
@@ -197,6 +194,8 @@ class Batcher:
                 self._refuse(done.step.model, done.error)
             elif done.step.word == "load":
                 self._fit(done.step.model)
+            for model in filter(self._holdings.is_open, done.broken):
+                self._broke(model)
             self._unpark()
 
     def _fit(self, model: str) -> None:
@@ -330,7 +329,7 @@ class Batcher:
         self._leave(model, used=True)
         self.tally.handouts += 1
         if full and self.tally.repeated == repeated:
-            cost = self._cost(model, sum(tokens), len(tokens))
+            cost = self._costs.cost(model, sum(tokens), len(tokens))
             self._costs.rate.learn(cost, self._free_at - began)
 
     async def _run(self, model: str, members: list[Member]) -> None:
@@ -343,7 +342,7 @@ class Batcher:
                 awaited.append(member)
             else:
                 self.tally.dropped += 1
-                self._settle(member, -self._cost(model, tokens_of(member)))
+                self._settle(member, -self._costs.cost(model, tokens_of(member)))
         try:
             ran = await self._runner.run(awaited)
         except ModelUnavailable:
@@ -355,7 +354,7 @@ class Batcher:
 
     def _charge(self, ran: Ran) -> None:
         """Passes beyond the first are paid by those whose inputs caused them."""
-        again = [self._cost(one[0].call.model, tokens_of(one)) for one in ran.repeated]
+        again = [self._costs.cost(one[0].call.model, tokens_of(one)) for one in ran.repeated]
         for member in ran.guilty:
             self._settle(member, sum(again) / len(ran.guilty))
 

@@ -291,6 +291,18 @@ async def test_one_broken_model_does_not_sink_the_pool(rig, clock):
     assert (await one.ask(ids(1))).failures == ()
 
 
+async def test_a_device_that_is_lost_is_given_up_though_its_other_model_has_nothing_to_do(rig):
+    one = rig()
+    for spy in one.engines.values():
+        spy.fault = breaks
+    with pytest.raises(ModelUnavailable):
+        await one.ask(ids(1))
+    await one.leave(await one.start(ids(2)))
+    assert one.probed == ["m", "n"]
+    with pytest.raises(ModelUnavailable):
+        one.batcher.check()
+
+
 async def test_a_pass_that_failed_and_whose_caller_left_does_not_show_that_the_model_works(rig):
     one = rig(only="m")
     one.loader.held = True
