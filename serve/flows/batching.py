@@ -160,7 +160,7 @@ class Batcher:
         if left_s > 0:
             loop = asyncio.get_running_loop()
             pending.timer = loop.call_later(left_s, self._watch, pending)
-        elif pending.unbegun:
+        elif pending.unbegun or not pending.call.inputs:  # one without inputs waits for its model
             pending.live(self._clock())
 
     def _withdraw(self, pending: Pending) -> None:

@@ -102,6 +102,17 @@ async def test_a_call_without_inputs_needs_its_model_too(rig):
     assert (await rig(loose="n").ask(model="n")).vectors.shape == (0, 8)
 
 
+async def test_a_call_without_inputs_does_not_wait_for_ever_either(rig, clock):
+    one = rig(loose="n")
+    one.loader.held = True
+    late = await one.start(model="n", limit_s=0.005)
+    clock.advance(0.006)
+    with pytest.raises(DeadlineExceeded):
+        async with asyncio.timeout(2):
+            await late
+    await one.release()
+
+
 # --- room for one only ------------------------------------------------------------------------
 
 
