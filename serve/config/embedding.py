@@ -225,6 +225,13 @@ class Pool(Section):
     load_retry_s_max: float = Field(
         60, gt=0, le=120, description="At most so long, until it is tried again."
     )
+    reload_s_max: float = Field(
+        300,
+        gt=0,
+        le=3600,
+        description="A model that failed and is not back after so long will not come: the replica is "
+        "replaced, unless another model works.",
+    )
     batch: Batch = Field(default=Batch(), description="How waiting work becomes batches.")
 
     @model_validator(mode="after")

@@ -282,6 +282,23 @@ def test_torch_serves_a_model_that_makes_no_graph_and_the_log_says_why(clock, ca
     assert "torch serves all-MiniLM-L6-v2 instead of ONNX Runtime: it differs" in caplog.text
 
 
+def test_what_was_taken_before_torch_took_a_graphs_place_is_not_the_models(clock) -> None:
+    gauge = Gauge()
+
+    def no_graph_but_imports(_model: Model, _settings: PoolSettings) -> FakeEngine:
+        gauge.live["what it imported"] = 400
+        raise ModelUnavailable("it differs from torch")
+
+    builders = {
+        "onnx": no_graph_but_imports,
+        "sentence_transformers": lambda *_: Heavy(fake("torch", fake_bytes=70), gauge),
+    }
+    settings = PoolSettings(models=(MINILM.model_copy(update={"tokens_max": 64}),))
+    loaded = Pool(settings, clock=clock, builders=builders, held=gauge)
+    loaded.load()
+    assert loaded.profile(MINILM.id).bytes == 70
+
+
 def test_torch_is_not_tried_where_the_settings_forbid_it(clock) -> None:
     engines = {"onnx": no_graph, "sentence_transformers": lambda *_: FakeEngine(fake())}
     with pytest.raises(ModelUnavailable, match="differs"):
