@@ -60,6 +60,11 @@ def with_fake_model(args: dict[str, Any]) -> None:
     args["pools"][0]["models"] = [FAKE]
 
 
+def without_conduits(args: dict[str, Any]) -> None:
+    """Calls take Ray's handles."""
+    args["pools"][0]["conduits"] = "off"
+
+
 class StartFailed(Exception):
     """A server did not become ready; the message ends with its log."""
 
