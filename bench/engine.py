@@ -1,52 +1,64 @@
 """How fast are the engines, and what does packing by length gain?
 
-    python -m bench.engine                # about eight minutes
+    python -m bench.engine                # about ten minutes
     python -m bench.engine --smoke        # under 30 s
-    python -m bench.engine --device cuda  # torch in three precisions; untested on a GPU so far
+    python -m bench.engine --device cuda --model-folder PATH   # untested on a GPU so far
 
-The model of config.yaml in this process. Ways take turns within each round: an engine (torch's forward
-pass, a graph in ONNX Runtime) with its packing (as the service plans batches; 32 in order of arrival),
-and `SentenceTransformer.encode` over the same texts. Ours get token ids, as an embedder does; `encode`
-tokenises by itself, which is at most 4 % of its time on a CPU.
+The model of config.yaml, and any others, in this process. Ways take turns within each round: an engine
+(torch's forward pass, a graph in ONNX Runtime) with its packing (as the service plans batches; in order
+of arrival), and `SentenceTransformer.encode` over the same texts: all at once, or in `requests` that
+all wait. Ours get token ids, as an embedder does; `encode` tokenises by itself, which is at most 4 % of
+its time on a CPU.
 """
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench import texts
+from bench.arithmetic import Shape, limit
+from bench.engine_loads import FIXED, Load, loads
+from bench.engine_ways import Encode, forward, model_in, on_cpu, on_gpu, pace
 from bench.report import ROOT, arguments, finish, percentile, ratios, spread, table
 from deployments.places import DeployFile
 from serve import config
 from serve.embedding.files import model_folder
-from serve.embedding.graphs import Graphs
-from serve.embedding.packing import Pace, padded, plan
-from serve.embedding.tokenizer import Tokenizer
 from serve.ports import Engine
-from serve.records import Input, Vector
 
 
-LOADS: Mapping[str, tuple[Callable[[int], list[str]], int]] = {
-    "short": (texts.shorts, 256),
-    "passages": (texts.passages, 64),
-    "mixed": (texts.mixed, 128),
-}
 GPU_TIMES = 32
 """As many texts for a GPU."""
-GPU_TOKENS_MAX = 16_384
-FIXED = 32
-"""Texts of a batch in order of arrival; also what `encode` takes unless told otherwise."""
+GPU_TOKENS_MAX, GPU_ITEMS_MAX = 16_384, 4096
 SINGLES = 40
-WARM_SHAPES = ((1, 3), (1, 256), (4, 256))
 ENCODE = "encode"
 
-Embed = Callable[[Sequence[int]], Vector]
-"""Texts of a load, by index, into their vectors."""
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What differs between a CPU and a GPU: precisions, and which way is the service's."""
+
+    name: str
+    encode_in: str
+    ours: str
+    ours_in: str
+    times: int = 1
+
+    def batch(self, settings: config.Batch) -> config.Batch:
+        """The pool's settings, which are a CPU's; a GPU takes more at once."""
+        if self.name == "cpu":
+            return settings
+        sizes = {"tokens_max": GPU_TOKENS_MAX, "items_max": GPU_ITEMS_MAX}
+        return settings.model_copy(update={**sizes, "tokens_min": GPU_TOKENS_MAX})
+
+
+DEVICES = {
+    "cpu": Device("cpu", "float32", "onnx_planned", "float32"),
+    "cuda": Device("cuda", "float16", "torch_bfloat16_planned", "bfloat16", GPU_TIMES),
+}
 
 
 @dataclass(slots=True)
@@ -70,6 +82,7 @@ class Results:
     single_ms: dict[int, dict[str, list[float]]] = field(default_factory=dict)
     waste: dict[str, dict[str, float]] = field(default_factory=dict)
     cosines: dict[str, float] = field(default_factory=dict)
+    limits: dict[int, float] = field(default_factory=dict)
 
     def of(self, threads: int, load: str, way: str) -> Sample:
         """Made when new."""
@@ -77,142 +90,38 @@ class Results:
         return loads.setdefault(load, {}).setdefault(way, Sample())
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Texts with their ids, as the model takes them."""
-
-    name: str
-    texts: Sequence[str]
-    inputs: Sequence[Input]
-    tokens: Sequence[int]
-
-    def arrival(self) -> list[list[int]]:
-        """Batches of a fixed size in order of arrival."""
-        every = list(range(len(self.texts)))
-        return [every[at : at + FIXED] for at in range(0, len(every), FIXED)]
-
-    def planned(self, pace: Pace, batch: config.Batch) -> list[list[int]]:
-        """Batches as the service makes them of one hand-out."""
-        return plan(
-            self.tokens,
-            overhead=pace.overhead,
-            tokens_max=batch.tokens_max,
-            items_max=batch.items_max,
-        )
-
-    def by_length(self) -> list[list[int]]:
-        """Batches as `encode` makes them: sorted by characters, of a fixed size."""
-        order = sorted(range(len(self.texts)), key=lambda at: -len(self.texts[at]))
-        return [order[at : at + FIXED] for at in range(0, len(order), FIXED)]
-
-    def waste(self, batches: Sequence[Sequence[int]]) -> float:
-        """The share of what the model reads that is padding."""
-        return 1 - sum(self.tokens) / sum(padded([self.tokens[i] for i in one]) for one in batches)
-
-
-def loads(model: config.Model, shrink: int, times: int) -> list[Load]:
-    """Every load, `times` as large as written above, or a `shrink`th of that."""
-    tokenizer = Tokenizer.open(model)
-    made = []
-    for name, (make, count) in LOADS.items():
-        lines = make(max(count * times // shrink, 8))
-        rows = [tokenizer.truncate(row, model.tokens_max) for row in tokenizer.encode(lines)]
-        inputs = [Input(ids=row) for row in rows]
-        made.append(Load(name, lines, inputs, [len(row) for row in rows]))
-    return made
-
-
-class Encode:
-    """`SentenceTransformer.encode`, as its users call it."""
-
-    def __init__(self, model: config.Model, device: str) -> None:
-        from sentence_transformers import SentenceTransformer  # noqa: PLC0415  10 s
-
-        self._inner = SentenceTransformer(
-            str(model_folder(model)), device=device, local_files_only=True
-        )
-
-    def __call__(self, lines: Sequence[str]) -> Vector:
-        """Embed texts."""
-        vectors: Vector = self._inner.encode(
-            list(lines), batch_size=FIXED, normalize_embeddings=True, show_progress_bar=False
-        )
-        return vectors
-
-
-def forward(engine: Engine, load: Load, batches: Sequence[Sequence[int]]) -> Vector:
-    """All texts of a load, in their order."""
-    vectors = np.zeros((len(load.inputs), engine.dimensions), np.float32)
-    for batch in batches:
-        vectors[batch] = engine.forward([load.inputs[at] for at in batch])
-    return vectors
-
-
-def pace(engine: Engine) -> Pace:
-    """As the pool finds it out at warm-up."""
-    times = []
-    for inputs, tokens in WARM_SHAPES:
-        batch = [Input(ids=np.ones(tokens, np.int32))] * inputs
-        engine.forward(batch)
-        began = time.perf_counter()
-        engine.forward(batch)
-        times.append((inputs * tokens, time.perf_counter() - began))
-    return Pace.fit(times)
-
-
 class Bench:
     """One model under every engine of a device."""
 
-    def __init__(self, pool: config.Pool, every: Sequence[Load], device: str) -> None:
-        self._model, self._batch, self._loads = pool.models[0], pool.batch, every
-        self._pool, self._device = pool, device
-        self._encode = Encode(self._model, device)
+    def __init__(
+        self, model: config.Model, encode: Encode, pool: config.Pool, device: Device, shrink: int
+    ) -> None:
+        self._model, self._encode, self._device = model, encode, device
+        self._batch, self._graphs = device.batch(pool.batch), Path(pool.graphs)
+        self.loads = loads(model, shrink, device.times)
         self.results = Results()
 
-    def engines(self, threads: int) -> Iterator[tuple[str, Engine]]:
-        """By name, with so many threads; torch has one number for the whole process."""
-        import torch  # noqa: PLC0415  10 s
-
-        from serve.embedding.sentence_transformers import (  # noqa: PLC0415
-            SentenceTransformersEngine,
-        )
-
-        folder = model_folder(self._model)
-        if self._device == "cuda":
-            for name in ("float32", "float16", "bfloat16"):
-                engine = SentenceTransformersEngine(
-                    self._model, folder, device="cuda", threads=threads
-                )
-                engine.composed.to(getattr(torch, name))
-                yield f"torch_{name}", engine
-            return
-        from serve.embedding.onnx import OnnxEngine  # noqa: PLC0415  sets nothing of the process
-
-        yield (
-            "torch",
-            SentenceTransformersEngine(self._model, folder, device="cpu", threads=threads),
-        )
-        graph = Graphs(Path(self._pool.graphs)).take(self._model, threads=threads)
-        yield "onnx", OnnxEngine(self._model, graph, threads=threads)
+    def _engines(self, threads: int) -> dict[str, Engine]:
+        if self._device.name == "cuda":
+            return dict(on_gpu(self._model))
+        return dict(on_cpu(self._model, self._graphs, threads))
 
     def measure(self, threads: int, rounds: int) -> None:
         """Every way on every load, by turns."""
-        found = dict(self.engines(threads))
-        batch = self._batch
-        if self._device == "cuda":
-            batch = batch.model_copy(update={"tokens_max": GPU_TOKENS_MAX, "items_max": 4096})
-        paces = {name: pace(engine) for name, engine in found.items()}
+        found = self._engines(threads)
+        self.results.limits[threads] = limit(self._device.name, self._device.ours_in)
+        longest = min(self._model.tokens_max, self._batch.tokens_max)
+        paces = {name: pace(one, longest, self._batch.tokens_max) for name, one in found.items()}
         self._check(found)
         for number in range(rounds):
-            for load in self._loads:
-                ways: dict[str, Callable[[], Vector]] = {
-                    ENCODE: lambda load=load: self._encode(load.texts)
-                }
+            for load in self.loads:
+                ways: dict[str, Callable[[], object]] = {ENCODE: _encoding(self._encode, load)}
                 for name, engine in found.items():
-                    planned = load.planned(paces[name], batch)
-                    self._waste(load, planned)
+                    planned = load.planned(paces[name], self._batch)
+                    if self._device.ours == f"{name}_planned":
+                        self._waste(load, planned)
                     for packing, batches in (("planned", planned), ("arrival", load.arrival())):
-                        ways[f"{name}_{packing}"] = _bound(engine, load, batches)
+                        ways[f"{name}_{packing}"] = _forwarding(engine, load, batches)
                 names = list(ways) if number % 2 == 0 else list(ways)[::-1]
                 for way in names:
                     self._time(threads, load, way, ways[way])
@@ -229,14 +138,15 @@ class Bench:
 
     def _check(self, found: Mapping[str, Engine]) -> None:
         """The least cosine of each engine to `encode`, over a part of every load; warms both up."""
-        for name, engine in found.items():
-            for load in self._loads:
-                count = min(len(load.texts), 2 * FIXED)
+        for load in self.loads:
+            count = min(len(load.texts), FIXED)
+            theirs = self._encode(load.texts[:count])
+            for name, engine in found.items():
                 ours = engine.forward(load.inputs[:count])
-                least = float(np.min(np.sum(ours * self._encode(load.texts[:count]), axis=1)))
+                least = float(np.min(np.sum(ours * theirs, axis=1)))
                 self.results.cosines[name] = min(self.results.cosines.get(name, 1.0), least)
 
-    def _time(self, threads: int, load: Load, way: str, embed: Callable[[], Vector]) -> None:
+    def _time(self, threads: int, load: Load, way: str, embed: Callable[[], object]) -> None:
         wall, cpu = time.perf_counter(), time.process_time()
         embed()
         wall_s, cpu_s = time.perf_counter() - wall, time.process_time() - cpu
@@ -244,7 +154,7 @@ class Bench:
 
     def _singles(self, threads: int, found: Mapping[str, Engine]) -> None:
         """Short texts one at a time: the median of this round."""
-        load = self._loads[0]
+        load = self.loads[0]
         took: dict[str, list[float]] = {ENCODE: [], **{name: [] for name in found}}
         for at in range(min(SINGLES, len(load.texts))):
             for name, times in took.items():
@@ -259,38 +169,53 @@ class Bench:
             singles.setdefault(name, []).append(percentile(times, 0.5))
 
 
-def _bound(engine: Engine, load: Load, batches: Sequence[Sequence[int]]) -> Callable[[], Vector]:
+def _encoding(encode: Encode, load: Load) -> Callable[[], object]:
+    return lambda: encode.requests(load)
+
+
+def _forwarding(
+    engine: Engine, load: Load, batches: Sequence[Sequence[int]]
+) -> Callable[[], object]:
     return lambda: forward(engine, load, batches)
 
 
-def summary(results: Results, ours: str) -> dict[str, Any]:
+def summary(results: Results, ours: str, every: Sequence[Load], shape: Shape) -> dict[str, Any]:
     """Everything by threads; at the top what `ours` came to with most threads, by load."""
     by_threads = {
         str(threads): {
-            load: {
-                way: {
-                    "texts_s": spread(one.texts_s),
-                    "cpu_ms": spread(one.cpu_ms),
-                    "ratio_vs_encode": ratios(one.texts_s, ways[ENCODE].texts_s),
-                    "cpu_ratio_vs_encode": ratios(ways[ENCODE].cpu_ms, one.cpu_ms),
-                }
-                for way, one in ways.items()
-            }
-            for load, ways in every.items()
+            load: {way: _against(one, ways[ENCODE]) for way, one in ways.items()}
+            for load, ways in found.items()
         }
-        for threads, every in results.samples.items()
+        for threads, found in results.samples.items()
     }
-    most = by_threads[str(max(results.samples))]
+    most = max(results.samples)
+    top = {load: ways[ours] for load, ways in by_threads[str(most)].items()}
+    rates = {load.name: top[load.name]["texts_s"]["median"] / len(load.texts) for load in every}
     return {
-        "texts_s": {load: ways[ours]["texts_s"] for load, ways in most.items()},
-        "ratio_vs_encode": {load: ways[ours]["ratio_vs_encode"] for load, ways in most.items()},
+        "texts_s": {load: one["texts_s"] for load, one in top.items()},
+        "ratio_vs_encode": {load: one["ratio_vs_encode"] for load, one in top.items()},
+        "tokens_s": {load.name: rates[load.name] * sum(load.tokens) for load in every},
+        "of_limit": {
+            load.name: rates[load.name] * shape.operations(load.tokens) / results.limits[most]
+            for load in every
+        },
+        "limit_tflops": {str(threads): one / 1e12 for threads, one in results.limits.items()},
         "padding_waste": results.waste,
         "cosine_min": results.cosines,
         "single_ms": {
-            str(threads): {name: spread(times) for name, times in every.items()}
-            for threads, every in results.single_ms.items()
+            str(threads): {name: spread(times) for name, times in found.items()}
+            for threads, found in results.single_ms.items()
         },
         "threads": by_threads,
+    }
+
+
+def _against(one: Sample, encode: Sample) -> dict[str, Any]:
+    return {
+        "texts_s": spread(one.texts_s),
+        "cpu_ms": spread(one.cpu_ms),
+        "ratio_vs_encode": ratios(one.texts_s, encode.texts_s),
+        "cpu_ratio_vs_encode": ratios(encode.cpu_ms, one.cpu_ms),
     }
 
 
@@ -311,6 +236,8 @@ def shown(result: Mapping[str, Any]) -> str:
     packings = list(next(iter(waste.values())))
     rows = [[load, *(one[packing] for packing in packings)] for load, one in waste.items()]
     parts.append(table(("padding", *packings), rows))
+    rows = [[load, rate, result["of_limit"][load]] for load, rate in result["tokens_s"].items()]
+    parts.append(table(("ours", "tokens/s", "of the limit"), rows))
     parts.append(f"least cosine to encode: {result['cosine_min']}")
     return "\n\n".join(parts)
 
@@ -319,24 +246,39 @@ def main(words: Sequence[str] | None = None) -> None:
     """Measure, show, and end with one line of JSON."""
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=tuple(DEVICES), default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; default: 1, then the pool's")
+    parser.add_argument(
+        "--model-folder",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="one more model, in the form of sentence-transformers; may be repeated",
+    )
     options = parser.parse_args(words)
     _require(parser, options.device)
     file = DeployFile.read(ROOT / "config.yaml")
     [pool] = file.settings.under(file.data_dir(None)).pools
+    device = DEVICES[options.device]
     rounds, shrink = (1, 16) if options.smoke else (options.rounds, 1)
-    every = loads(pool.models[0], shrink, GPU_TIMES if options.device == "cuda" else 1)
-    bench = Bench(pool, every, options.device)
     most = options.threads or max(1, int(pool.cpus))
-    alone = options.smoke or options.device == "cuda"
-    for threads in (most,) if alone else sorted({1, most}):
-        bench.measure(threads, rounds)
-    ours = "onnx_planned" if options.device == "cpu" else "torch_bfloat16_planned"
-    result = summary(bench.results, ours)
-    print(shown(result))
-    head = {"smoke": options.smoke, "rounds": rounds, "device": options.device, "ours": ours}
-    finish("engine", "default", {**head, **result}, options.out)
+    alone = options.smoke or device.name == "cuda"
+    folders = [model_folder(pool.models[0]), *(one.resolve() for one in options.model_folder)]
+    found = {}
+    for folder in folders:
+        encode = Encode(folder, device.name, device.encode_in)
+        own = folder == folders[0]
+        model = pool.models[0] if own else model_in(folder, encode, pool.models[0].engine)
+        bench = Bench(model, encode, pool, device, shrink)
+        for threads in (most,) if alone else sorted({1, most}):
+            bench.measure(threads, rounds)
+        found[model.id] = summary(bench.results, device.ours, bench.loads, Shape.read(folder))
+        print(f"\n{model.id}\n\n{shown(found[model.id])}")
+    head = {"smoke": options.smoke, "rounds": rounds, "device": device.name, "ours": device.ours}
+    first, *others = found
+    more = {"model": first, **found[first], "others": {name: found[name] for name in others}}
+    finish("engine", "default", {**head, **more}, options.out)
 
 
 def _require(parser: argparse.ArgumentParser, device: str) -> None:

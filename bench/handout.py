@@ -51,6 +51,7 @@ class Timed(Batcher):
 class Sample:
     """What one target came to, round by round."""
 
+    texts_s: list[float] = field(default_factory=list)
     tokens_s: list[float] = field(default_factory=list)
     tokens_cpu_s: list[float] = field(default_factory=list)
     padding: list[float] = field(default_factory=list)
@@ -58,12 +59,10 @@ class Sample:
 
 
 class Bench:
-    """One loaded model, and a batcher for each target."""
+    """The loaded model of a pool, and a batcher for each target."""
 
-    def __init__(self, executor: ThreadPoolExecutor) -> None:
-        file = DeployFile.read(ROOT / "config.yaml")
-        [settings] = file.settings.under(file.data_dir(None)).pools
-        self._settings: config.Pool = settings
+    def __init__(self, settings: config.Pool, executor: ThreadPoolExecutor) -> None:
+        self._settings = settings
         self._executor = executor
         self._pool = Pool(settings, clock=time.monotonic)
         model = settings.models[0]
@@ -106,6 +105,7 @@ class Bench:
             await asyncio.sleep(min(0.5, seconds))  # until the pace has learned
             began, cpu = time.monotonic(), time.process_time()
             tokens, padded = batcher.tally.tokens, batcher.tally.padded
+            inputs = batcher.tally.inputs
             batcher.handout_ms.clear()
             await asyncio.sleep(seconds)
             while not batcher.handout_ms:  # noqa: ASYNC110  on a busy machine one takes longer
@@ -114,6 +114,7 @@ class Bench:
             for task in tasks:
                 task.cancel()
         tokens = max(batcher.tally.tokens - tokens, 1)
+        sample.texts_s.append((batcher.tally.inputs - inputs) / took_s)
         sample.tokens_s.append(tokens / took_s)
         sample.tokens_cpu_s.append(tokens / cpu_s)
         sample.padding.append((batcher.tally.padded - padded) / tokens)
@@ -124,11 +125,18 @@ class Bench:
             await batcher.submit(next(self._calls))
 
 
+def of_the_file() -> config.Pool:
+    """The pool of config.yaml."""
+    file = DeployFile.read(ROOT / "config.yaml")
+    [settings] = file.settings.under(file.data_dir(None)).pools
+    return settings
+
+
 async def measure(*, rounds: int, seconds: float) -> dict[float, Sample]:
     """Every target in every round."""
     samples = {target: Sample() for target in TARGETS_MS}
     with ThreadPoolExecutor(1, "model") as executor:
-        bench = Bench(executor)
+        bench = Bench(of_the_file(), executor)
         await asyncio.get_running_loop().run_in_executor(executor, bench.load)
         for number in range(rounds):
             turns = list(samples.items())

@@ -1,8 +1,9 @@
 """The servers that a benchmark may set the service beside, by name.
 
 plain: the plainest server of the same model (`bench.plain`). ceiling: the service in one process,
-without Ray (`bench.ceiling`). infinity, infinity-onnx: Infinity with its default engine and with
-ONNX Runtime (`bench.infinity`), each from a virtual environment that an option of its name tells.
+without Ray (`bench.ceiling`). handles: the service with Ray's handles in place of conduits.
+infinity, infinity-onnx: Infinity with its default engine and with ONNX Runtime (`bench.infinity`),
+each from a virtual environment that an option of its name tells.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from deployments.places import PROFILES
 
 
 ENGINES: Mapping[str, Engine] = {"infinity": "torch", "infinity-onnx": "optimum"}
-NAMES = ("plain", "ceiling", *ENGINES)
+NAMES = ("plain", "ceiling", "handles", *ENGINES)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +57,8 @@ def recipe(name: str, options: argparse.Namespace) -> Iterator[Recipe]:
     """How the service ("headrace") or a peer is started. Raises StartFailed."""
     if name == "headrace":
         made = servers.headrace_recipe(options.profile)
+    elif name == "handles":
+        made = servers.headrace_recipe(options.profile, servers.without_conduits)
     elif name == "plain":
         made = servers.plain_recipe(name)
     elif name == "ceiling":

@@ -47,6 +47,24 @@ DEADLINE_S = 60
 FAKE: dict[str, Any] = {"id": "fake", "engine": "fake", "dimensions": 384, "tokens_max": 8192}
 
 
+Change = Callable[[dict[str, Any]], None]
+"""Of the settings in a deploy file, in place."""
+
+
+def as_they_are(_args: dict[str, Any]) -> None:
+    """Settings that nothing is changed of."""
+
+
+def with_fake_model(args: dict[str, Any]) -> None:
+    """The simulated device instead of the model."""
+    args["pools"][0]["models"] = [FAKE]
+
+
+def without_conduits(args: dict[str, Any]) -> None:
+    """Calls take Ray's handles."""
+    args["pools"][0]["conduits"] = "off"
+
+
 class StartFailed(Exception):
     """A server did not become ready; the message ends with its log."""
 
@@ -61,16 +79,15 @@ class Site:
     key: str
 
     @classmethod
-    def make(cls, folder: Path, *, fake: bool) -> "Site":
-        """Both servers of a comparison get one from the same `config.yaml`."""
+    def make(cls, folder: Path, change: Change) -> "Site":
+        """Both servers of a comparison get one from the same `config.yaml`, with `change` of its args."""
         raw = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
         args = raw["applications"][0]["args"]
         args["admission"]["tiers"]["enterprise"] = {"weight": 16}  # no limits
         args["limits"] = {"interactive_deadline_s": DEADLINE_S}
         args["cache"] = {"scope": "none"}  # loads repeat their texts
         args["pools"][0]["graphs"] = str(GRAPHS)
-        if fake:
-            args["pools"][0]["models"] = [FAKE]
+        change(args)
         config = folder / "config.yaml"
         config.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
         settings = DeployFile.read(config).settings
@@ -104,7 +121,7 @@ class Recipe:
 @contextmanager
 def plain_recipe(name: str, *, fake: bool = False) -> Iterator[Recipe]:
     """The plainest server of the same model: `bench.plain`."""
-    with _site(fake=fake) as site:
+    with _site(with_fake_model if fake else as_they_are) as site:
         words = [sys.executable, "-m", "bench.plain", "--config", str(site.config)]
         yield _recipe(name, site, words)
 
@@ -112,15 +129,15 @@ def plain_recipe(name: str, *, fake: bool = False) -> Iterator[Recipe]:
 @contextmanager
 def ceiling_recipe(name: str, *, fake: bool = False) -> Iterator[Recipe]:
     """Our own service without Ray, in one process: `bench.ceiling`."""
-    with _site(fake=fake) as site:
+    with _site(with_fake_model if fake else as_they_are) as site:
         words = [sys.executable, "-m", "bench.ceiling", "--config", str(site.config)]
         yield _recipe(name, site, [*words, "--data-dir", str(site.folder)])
 
 
 @contextmanager
-def headrace_recipe(profile: str) -> Iterator[Recipe]:
+def headrace_recipe(profile: str, change: Change = as_they_are) -> Iterator[Recipe]:
     """The service as `headrace serve` starts it, with Ray's files in a folder of its own."""
-    with _site(fake=False) as site:
+    with _site(change) as site:
         program = Path(sys.executable).with_name("headrace")
         words = [str(program), "serve", "--config", str(site.config), "--no-demo-keys"]
         words += ["--data-dir", str(site.folder), "--profile", profile]
@@ -135,9 +152,9 @@ def _recipe(name: str, site: Site, words: Sequence[str]) -> Recipe:
 
 
 @contextmanager
-def headrace(profile: str) -> Iterator[Target]:
+def headrace(profile: str, change: Change = as_they_are) -> Iterator[Target]:
     """The whole service, ready."""
-    with headrace_recipe(profile) as recipe, started(recipe) as target:
+    with headrace_recipe(profile, change) as recipe, started(recipe) as target:
         yield target
 
 
@@ -150,10 +167,10 @@ def started(recipe: Recipe) -> Iterator[Target]:
 
 
 @contextmanager
-def _site(*, fake: bool) -> Iterator[Site]:
+def _site(change: Change) -> Iterator[Site]:
     # Ray's sockets lie below it, and a socket's path has at most 107 bytes.
     with tempfile.TemporaryDirectory(prefix="hr-", ignore_cleanup_errors=True) as folder:
-        yield Site.make(Path(folder), fake=fake)
+        yield Site.make(Path(folder), change)
 
 
 @contextmanager

@@ -23,6 +23,10 @@ from serve.records import EmbedCall, EmbedReply, Input
 BODY_BYTES_MAX = 256 * 2**20
 """2,048 vectors of 20,000 dimensions are 156 MiB."""
 HELLO_BYTES_MAX = 256
+ALIGNED = 16
+"""Where an array begins in a body, which itself begins so: Rust code (LanceDB's) panics at one that
+lies at an odd address, where numpy only takes longer.
+"""
 
 _HEAD = struct.Struct("<IQB")
 _SIZE = struct.Struct("<I")
@@ -177,6 +181,7 @@ def _raised(described: Any) -> ServiceError:
 
 def _joined(head: list[Any], array: bytes | memoryview) -> bytes:
     text = orjson.dumps(head)
+    text += b" " * (-(_SIZE.size + len(text)) % ALIGNED)
     size = _SIZE.size + len(text) + len(array)
     if size > BODY_BYTES_MAX:  # the peer would hang up, and every other call be lost with it
         raise ValueError(f"a body of {size} bytes; a frame holds {BODY_BYTES_MAX}")

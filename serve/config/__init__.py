@@ -13,7 +13,15 @@ from pydantic import Field, model_validator
 
 from serve.config.admission import Admission, Ledger, Limits
 from serve.config.egress import Egress, Webhooks
-from serve.config.embedding import Batch, Cache, Chunking, Model, Pool, default_pools
+from serve.config.embedding import (
+    Batch,
+    Cache,
+    Chunking,
+    Model,
+    Pool,
+    Precision,
+    default_pools,
+)
 from serve.config.index import Buffer, Index
 from serve.config.jobs import Files, Jobs, Store
 from serve.config.processes import Actors, Ingress, Worker
@@ -36,6 +44,7 @@ __all__ = [
     "Limits",
     "Model",
     "Pool",
+    "Precision",
     "Settings",
     "Store",
     "Webhooks",

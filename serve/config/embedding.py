@@ -1,10 +1,24 @@
 """Settings of embedding: models, how work becomes batches, how documents are cut."""
 
+from collections.abc import Mapping
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from serve.section import Name, Section
+
+
+Precision = Literal["auto", "float32", "float16", "bfloat16", "int8"]
+
+PRECISIONS: Mapping[str, frozenset[Precision]] = {
+    "onnx": frozenset({"auto", "float32", "int8"}),
+    "sentence_transformers": frozenset({"auto", "float32", "float16", "bfloat16"}),
+    "fake": frozenset({"auto"}),
+}
+"""What each engine can compute with."""
+
+HALVES: frozenset[Precision] = frozenset({"float16", "bfloat16"})
+"""Of use on GPUs: these run at a sixth of float32's speed on CPUs without instructions for them."""
 
 
 class Model(Section):
@@ -20,7 +34,14 @@ class Model(Section):
     torch_fallback: bool = Field(
         default=True,
         description="`onnx` only: whether torch serves the model when it has no graph and none can "
-        "be made; else the pool does not start.",
+        "be made; else the pool does not start. Never in the place of an int8 graph, which is "
+        "another vector space.",
+    )
+    precision: Precision = Field(
+        "auto",
+        description="Numbers that it computes with. `auto`: float32 on a CPU, on a GPU bfloat16 where "
+        "the card has it (Ampere on) and float16 elsewhere. `int8`, for `onnx` only, is quicker, loses "
+        "quality and is another vector space with a revision of its own.",
     )
     source: str = Field(
         "",
@@ -78,6 +99,19 @@ class Model(Section):
             message = f"model {self.id}: source and sha256 are required"
             raise ValueError(message)
         return self
+
+    @model_validator(mode="after")
+    def _engine_has_the_precision(self) -> Self:
+        if self.precision not in PRECISIONS[self.engine]:
+            words = ", ".join(sorted(PRECISIONS[self.engine]))
+            message = f"model {self.id}: engine {self.engine} computes in {words}"
+            raise ValueError(message)
+        return self
+
+    @property
+    def torch_may_serve(self) -> bool:
+        """Whether torch makes the same vectors, and may where there is no graph."""
+        return self.engine == "onnx" and self.torch_fallback and self.precision != "int8"
 
 
 class Batch(Section):
@@ -191,6 +225,13 @@ class Pool(Section):
     load_retry_s_max: float = Field(
         60, gt=0, le=120, description="At most so long, until it is tried again."
     )
+    reload_s_max: float = Field(
+        300,
+        gt=0,
+        le=3600,
+        description="A model that failed and is not back after so long will not come: the replica is "
+        "replaced, unless another model works.",
+    )
     batch: Batch = Field(default=Batch(), description="How waiting work becomes batches.")
 
     @model_validator(mode="after")
@@ -205,6 +246,13 @@ class Pool(Section):
     def _graphs_run_on_cpus(self) -> Self:
         if self.gpus > 0 and any(model.engine == "onnx" for model in self.models):
             message = f"pool {self.name}: engine onnx runs on CPUs; use sentence_transformers"
+            raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
+    def _halves_run_on_gpus(self) -> Self:
+        if self.gpus == 0 and any(model.precision in HALVES for model in self.models):
+            message = f"pool {self.name}: float16 and bfloat16 need a GPU"
             raise ValueError(message)
         return self
 

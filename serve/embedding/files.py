@@ -15,6 +15,10 @@ WEIGHTS = "model.safetensors"
 """The one weights file that is loaded: a format that cannot hold code, in a single piece."""
 
 REVISION_CHARS = 12
+
+INT8 = "int8, recipe 1"
+"""Names the space of int8 graphs: another recipe in `onnx_quantize` makes other vectors."""
+
 PACKAGE = "package:"
 
 
@@ -71,8 +75,16 @@ def weights_bytes(model: Model) -> int:
 
 
 def revision(model: Model) -> str:
-    """Names the vector space, 12 hex: two models of one revision make the same vectors."""
+    """Names the vector space, 12 hex: two models of one revision make the same vectors.
+
+    Floating point of any width is one space, int8 another: vectors of the two must never meet.
+    """
     if model.engine == "fake":
-        space = f"fake:{model.id}:{model.dimensions}"
-        return hashlib.sha256(space.encode()).hexdigest()[:REVISION_CHARS]
+        return _digest(f"fake:{model.id}:{model.dimensions}")
+    if model.precision == "int8":
+        return _digest(f"{model.sha256}:{INT8}")
     return model.sha256[:REVISION_CHARS]
+
+
+def _digest(space: str) -> str:
+    return hashlib.sha256(space.encode()).hexdigest()[:REVISION_CHARS]

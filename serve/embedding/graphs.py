@@ -2,7 +2,8 @@
 
 A graph is a folder of its own, named after everything that it was made of. It appears by one rename
 and is read through the SHA-256 of its files, so that a torn or damaged one is made again. Making one
-takes half a minute and a gigabyte: `onnx_export` does it in a process of its own.
+takes half a minute and a gigabyte: `onnx_export` does it in a process of its own. A graph in int8 is
+made of the one in float32, by `onnx_quantize`.
 """
 
 import fcntl
@@ -10,13 +11,15 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -31,7 +34,8 @@ GRAPH, FACTS = "graph.onnx", "facts.json"
 """In a graph's folder, beside the weights that the exporter puts into files of their own."""
 
 PACKAGES = ("torch", "transformers", "sentence-transformers", "onnx", "onnxscript", "onnxruntime")
-SOURCES = ("onnx_export.py", "sentence_transformers.py")
+SOURCES = ("onnx_export.py", "sentence_transformers.py", "likeness.py")
+INT8_SOURCES = (*SOURCES, "onnx_quantize.py")
 """What decides what a graph says, beside the model's own files."""
 
 EXPORT_S_MAX = 900.0
@@ -39,14 +43,22 @@ EXPORT_S_MAX = 900.0
 
 NAME_CHARS = 12
 
-Export = Callable[[Model, Path, int], None]
+FLOAT32, INT8 = "float32", "int8"
+"""What a graph computes with."""
+
+EXPORTER, QUANTIZER = "serve.embedding.onnx_export", "serve.embedding.onnx_quantize"
+"""Programs: what makes a graph of a model, and what makes an int8 one of that graph."""
+
+Export = Callable[[Model, Path, int, Path | None], None]
+"""Makes a graph of a model in an empty folder, with so many threads; an int8 one of that in a folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class Graph:
     """A graph on disk: what its engine must know, and how it came about.
 
-    `files` are the SHA-256 of its files by name, `cosine_min` is to torch, over the checked inputs.
+    `files` are the SHA-256 of its files by name, `cosine_min` is to what it was made of (torch; for int8
+    the graph in float32), over the checked inputs. `loss` is what int8 costs, over English texts.
     """
 
     folder: Path
@@ -56,6 +68,7 @@ class Graph:
     pad_left: bool
     cosine_min: float
     made_by: Mapping[str, str]
+    loss: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -105,14 +118,15 @@ def versions() -> dict[str, str]:
     return found
 
 
-def run_exporter(model: Model, folder: Path, threads: int) -> None:
-    """Make a graph in an empty folder, by `onnx_export` in a process of its own.
+def run_exporter(model: Model, folder: Path, threads: int, original: Path | None = None) -> None:
+    """Make a graph in an empty folder, in a process of its own; of the graph in `original`, if given.
 
     Raises ModelUnavailable with the last thing that process said. It ends with this one.
     """
     here = model.model_copy(update={"source": str(model_folder(model).resolve())})
-    command = [sys.executable, "-m", "serve.embedding.onnx_export"]
+    command = [sys.executable, "-m", EXPORTER if original is None else QUANTIZER]
     command += [here.model_dump_json(), str(folder), str(threads)]
+    command += [] if original is None else [str(original)]
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(  # noqa: S603  our own program
             command,
@@ -134,6 +148,18 @@ def run_exporter(model: Model, folder: Path, threads: int) -> None:
             raise _failed(model, next((line for line in lines[::-1] if line.strip()), f"{status=}"))
 
 
+def leave_with_parent() -> None:
+    """For that process: it leaves when its standard input is closed, so that it does not outlive a
+    replica that was killed.
+    """
+
+    def wait() -> None:
+        os.read(0, 1)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def _failed(model: Model, reason: str) -> ModelUnavailable:
     return ModelUnavailable(f"Model {model.id}: no graph could be made of it: {reason}")
 
@@ -141,7 +167,7 @@ def _failed(model: Model, reason: str) -> ModelUnavailable:
 class Graphs:
     """The graphs in one folder, which processes may share.
 
-    `export` makes one in an empty folder, with so many threads; a parameter for tests.
+    `export` makes one; a parameter for tests.
     """
 
     def __init__(self, folder: Path, export: Export = run_exporter) -> None:
@@ -160,23 +186,27 @@ class Graphs:
         found = self.find(model)
         if found is not None:
             return found
+        original = None
+        if model.precision == INT8:
+            in_float32 = model.model_copy(update={"precision": FLOAT32})
+            original = self.take(in_float32, threads=threads).folder
         try:
             with self._locked(_name(model)):
-                return self.find(model) or self._make(model, threads)
+                return self.find(model) or self._make(model, threads, original)
         except OSError as error:
             raise ModelUnavailable(
                 f"Model {model.id}: the folder of graphs {self._folder} cannot be written: "
                 f"{error.strerror or error}"
             ) from error
 
-    def _make(self, model: Model, threads: int) -> Graph:
+    def _make(self, model: Model, threads: int, original: Path | None) -> Graph:
         folder = self._folder / _name(model)
         part = folder.with_suffix(".part")
         log.info("making a graph of %s in %s", model.id, folder)
         shutil.rmtree(part, ignore_errors=True)  # of one who was killed
         part.mkdir()
         try:
-            self._export(model, part, threads)
+            self._export(model, part, threads, original)
             shutil.rmtree(folder, ignore_errors=True)  # a damaged one
             part.rename(folder)
         finally:
@@ -198,10 +228,11 @@ class Graphs:
 def _name(model: Model) -> str:
     """The weights, and a digest of everything else that a graph was made of."""
     folder, here = model_folder(model), Path(__file__).parent
-    files = [*sorted(folder.rglob("*.json")), *(here / name for name in SOURCES)]
+    precision, sources = (INT8, INT8_SOURCES) if model.precision == INT8 else (FLOAT32, SOURCES)
+    files = [*sorted(folder.rglob("*.json")), *(here / name for name in sources)]
     made_of = {
         "weights": model.sha256,
-        "settings": [model.dimensions, model.tokens_max],
+        "settings": [model.dimensions, model.tokens_max, precision],
         "files": [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in files],
         "versions": versions(),
     }

@@ -39,7 +39,8 @@ class Counts:
 class Held:
     """One model: `bytes` are expected until it is loaded, then measured.
 
-    `uses` are its queued calls and its hand-out at the model. `doomed`: it leaves once it has none.
+    `uses` are its queued calls and its hand-out at the model. `doomed`: it leaves once it has none,
+    or is being unloaded.
     `failures` are those since it last made a vector; `broken`: one of them was a probe's.
     """
 
@@ -79,6 +80,7 @@ class Holdings:
         }
         self._waiting: list[str] = []
         self._under_way: Step | None = None
+        self._began = 0.0
         self.bytes_max = settings.memory_bytes_max
 
     # --- who uses what --------------------------------------------------------------------
@@ -112,12 +114,12 @@ class Holdings:
         held.uses -= 1
         held.used_at = now
 
-    def forget(self, model_id: str) -> None:
+    def forget(self, model_id: str, now: float) -> None:
         """Nobody waits for it any more; a pinned model is wanted all the same."""
-        first = self._first_absent()
+        first = self._first_absent(now)
         if not self._held[model_id].pinned:
             self._unwant(model_id)
-        if self._first_absent() != first:  # it was for this one that others were drained
+        if self._first_absent(now) != first:  # it was for this one that others were drained
             self._open_all()
 
     def is_open(self, model_id: str) -> bool:
@@ -127,11 +129,16 @@ class Holdings:
     # --- what is next ---------------------------------------------------------------------
 
     def step(self, now: float) -> Step | None:
-        """What is to be done now, if anything; nothing more until its end was told."""
-        if self._under_way is None:
-            self._under_way = self._next(now)
-            return self._under_way
-        return None
+        """What is to be done now, if anything; nothing more until its end was told.
+
+        A model that is being unloaded takes no more work: its new calls wait until it is back.
+        """
+        if self._under_way is not None:
+            return None
+        self._under_way, self._began = self._next(now), now
+        if self._under_way is not None and self._under_way.word == "unload":
+            self._held[self._under_way.model].doomed = True
+        return self._under_way
 
     def due(self, now: float) -> float | None:
         """When `step` may say more although nothing has happened."""
@@ -150,11 +157,9 @@ class Holdings:
         for model_id, held in self._held.items():
             if held.doomed and not held.uses:
                 return Step("unload", model_id)
-        for model_id in self._waiting:
-            held = self._held[model_id]
-            if not held.loaded and held.retry_at <= now:  # nobody overtakes the first
-                return self._make_room(model_id, now) or self._outlasted(now)
-        return self._outlasted(now)
+        first = self._first_absent(now)  # nobody overtakes it
+        room = None if first is None else self._make_room(first, now)
+        return room or self._outlasted(now)
 
     def _make_room(self, model_id: str, now: float) -> Step | None:
         need = self._held[model_id].bytes
@@ -168,7 +173,7 @@ class Holdings:
         idle = self._idle()
         if sum(self._held[one].bytes for one in idle) >= excess:
             return Step("unload", idle[0])
-        if now - self._held[model_id].wanted_at >= self._settings.swap_after_s:
+        if self._held[model_id].wanted_at + self._settings.swap_after_s <= now:
             self._drain(excess)
         return None
 
@@ -183,8 +188,11 @@ class Holdings:
     # --- what became of it ----------------------------------------------------------------
 
     def loaded(self, model_id: str, size_bytes: int, now: float) -> None:
-        """It is loaded, and has that size. Where that is too much, idle ones leave or it does."""
+        """It is loaded, and has that size. Where that is too much, idle ones leave or it does, to
+        be loaded again if somebody still waits for it.
+        """
         held = self._held[model_id]
+        wanted = model_id in self._waiting
         self._under_way = None
         self._unwant(model_id)
         self._open_all()
@@ -195,7 +203,7 @@ class Holdings:
         idle = [one for one in self._idle() if one != model_id]
         if excess > sum(self._held[one].bytes for one in idle):
             held.doomed = True
-            self._waiting.insert(0, model_id)
+            self._waiting[:0] = [model_id] if wanted else []
             return
         for one in idle:
             if excess > 0:
@@ -248,10 +256,24 @@ class Holdings:
         hopeless = any(held.broken and held.failures > 1 for held in self._held.values())
         return hopeless and not any(held.loaded and not held.doomed for held in self._held.values())
 
+    def check(self, now: float) -> None:
+        """Raises ModelUnavailable when the reload of a model that broke hangs and no other is open."""
+        step, most_s = self._under_way, self._settings.reload_s_max
+        if step is None or not self._held[step.model].broken or now - self._began <= most_s:
+            return
+        if not any(held.open for held in self._held.values()):
+            raise ModelUnavailable(f"The model {step.model} is not back after {most_s:g} s.")
+
     @property
     def settled(self) -> bool:
         """Whether all is loaded and stays, so that the end of a use makes nothing possible."""
         return all(held.pinned and held.open for held in self._held.values())
+
+    def suspects(self, model_id: str) -> list[str]:
+        """Models that are open beside one that broke, which may have lost their device as well."""
+        if not self._held[model_id].broken:
+            return []
+        return [one for one, held in self._held.items() if held.open]
 
     def counts(self) -> dict[str, tuple[Counts, int]]:
         """By model: what happened, and the bytes that it holds now."""
@@ -289,8 +311,13 @@ class Holdings:
         if model_id in self._waiting:
             self._waiting.remove(model_id)
 
-    def _first_absent(self) -> str | None:
-        return next((one for one in self._waiting if not self._held[one].loaded), None)
+    def _first_absent(self, now: float) -> str | None:
+        """The next one to be loaded, of those that may be tried."""
+        for model_id in self._waiting:
+            held = self._held[model_id]
+            if not held.loaded and held.retry_at <= now:
+                return model_id
+        return None
 
     def _idle(self) -> list[str]:
         """Least recently used first."""

@@ -2,14 +2,10 @@
 
     python -m serve.embedding.onnx_export MODEL_AS_JSON FOLDER THREADS
 
-`graphs` runs it, in a process of its own: the memory of torch and of the exporter goes with it. It
-leaves when its standard input is closed, so that it does not outlive a replica that was killed.
+`graphs` runs it, in a process of its own: the memory of torch and of the exporter goes with it.
 """
 
-import os
 import sys
-import threading
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,28 +14,17 @@ import torch
 
 from serve.config import Model
 from serve.embedding.files import model_folder
-from serve.embedding.graphs import GRAPH, Graph, checksums, versions
+from serve.embedding.graphs import GRAPH, Graph, checksums, leave_with_parent, versions
+from serve.embedding.likeness import checks, cosine_min
 from serve.embedding.onnx import IDS, MASK, VECTORS, OnnxEngine
 from serve.embedding.sentence_transformers import Composed, SentenceTransformersEngine
-from serve.embedding.tokenizer import Tokenizer
 from serve.errors import ModelUnavailable, ServiceError
-from serve.ports import Engine
-from serve.records import Input
 
 
 OPSET = 23
 """The first with attention as one operator."""
 
 COSINE_MIN = 0.9999
-
-TEXTS = (
-    "x",
-    "How do I reset my password?",
-    "A headrace is the channel that holds water back and feeds it evenly to the turbines.",
-    "Der Fluss führt im Frühling mehr Wasser als im Sommer.",
-    "春天的河水比夏天多。",
-    "The quick brown fox jumps over the lazy dog. " * 9,
-)
 
 
 def export(model: Model, folder: Path, *, threads: int) -> Graph:
@@ -55,7 +40,7 @@ def export(model: Model, folder: Path, *, threads: int) -> Graph:
         folder, checksums(folder), rows.vocab_size, rows.pad_id, rows.pad_left, 0.0, versions()
     )
     ours = OnnxEngine(model, graph, threads=threads)
-    cosine = float(np.min([cosine_min(original, ours, batch) for batch in batches(model)]))
+    cosine = float(np.min([cosine_min(original, ours, batch) for batch in checks(model)]))
     if not cosine >= COSINE_MIN:  # NaN compares as false
         raise ModelUnavailable(
             f"Model {model.id}: its graph differs from torch: cosine {cosine:.6f}, at least "
@@ -88,34 +73,9 @@ def _save(composed: Composed, path: Path) -> None:
     program.save(path, external_data=True)
 
 
-def batches(model: Model) -> Iterator[list[Input]]:
-    """What a graph is checked with: texts of several lengths together, one alone, and the longest
-    input that the settings allow.
-    """
-    tokenizer = Tokenizer.open(model)
-    longest = TEXTS[-1] * (model.tokens_max // 64 + 1)
-    rows = [
-        Input(ids=tokenizer.truncate(row, model.tokens_max))
-        for row in tokenizer.encode([*TEXTS, longest])
-    ]
-    yield rows[:-1]
-    yield rows[1:2]
-    yield rows[-1:]
-
-
-def cosine_min(original: Engine, ours: Engine, batch: Sequence[Input]) -> float:
-    """The least cosine between the rows of two engines."""
-    return float(np.sum(original.forward(batch) * ours.forward(batch), axis=1).min())
-
-
-def _leave_with_parent() -> None:
-    os.read(0, 1)
-    os._exit(1)
-
-
 def main() -> None:
     """Make one graph; the last line of a failure says why."""
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    leave_with_parent()
     model, folder, threads = sys.argv[1:]
     try:
         export(Model.model_validate_json(model), Path(folder), threads=int(threads))

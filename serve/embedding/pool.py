@@ -88,8 +88,9 @@ RUNTIMES: Mapping[Builder, str] = {
 
 
 class Pool:
-    """Holds the engines of one pool. Everything but `engine` and `profile` is called from one thread
-    at a time and never from an event loop; `holdings` belongs to whoever runs the pool.
+    """Holds the engines of one pool. Everything but `engine` and `profile` is called from threads, never
+    from an event loop: loads, unloads and `close` from one at a time, `probe` and `relieve` also beside
+    them. `holdings` belongs to whoever runs the pool.
 
     `builders` is for tests: engines by the word that stands in `Model.engine`. So is `held`: the
     memory of this process, of which a model's is the difference that its load makes.
@@ -109,7 +110,8 @@ class Pool:
         self._builders = builders
         self._held = held or memory.resident_bytes
         self._engines: dict[str, Engine] = {}
-        self._known: dict[str, Profile] = {}
+        self._known: dict[str, Profile] = {}  # as first measured, here or before
+        self._latest: dict[str, Profile] = {}  # as of the last load
         self._profiles: Profiles | None = None
 
     def load(self) -> None:
@@ -137,15 +139,13 @@ class Pool:
         """
         model = self._model(model_id)
         verify(model)
-        _import_runtime(self._builders[model.engine])
-        before = self._held()
-        engine = self._build(model)
+        engine, before = self._build(model)
         try:
             profile = self._warm_up(model, engine, before)
         except BaseException:
             engine.close()
             raise
-        self._known[model_id] = profile
+        self._latest[model_id] = profile
         self._engines[model_id] = engine
         return profile
 
@@ -168,7 +168,7 @@ class Pool:
     def profile(self, model_id: str) -> Profile | None:
         """What is known of a model, by this load or an earlier one. Raises NotFound."""
         self._model(model_id)
-        return self._known.get(model_id)
+        return self._latest.get(model_id) or self._known.get(model_id)
 
     def probe(self, model_id: str) -> None:
         """One forward pass on a known good input. Raises what the engine raises, ModelUnavailable
@@ -186,6 +186,7 @@ class Pool:
     def close(self) -> None:
         """Free every engine; a second call does nothing."""
         self._known.clear()
+        self._latest.clear()
         while self._engines:
             self._engines.popitem()[1].close()
 
@@ -214,15 +215,24 @@ class Pool:
                 f"pool {self._settings.name} has {most}."
             )
 
-    def _build(self, model: Model) -> Engine:
-        """By the settings' word; torch where a graph cannot be had, which makes the same vectors."""
+    def _build(self, model: Model) -> tuple[Engine, int]:
+        """By the settings' word; torch where a graph cannot be had, which makes the same vectors.
+
+        Also the memory that was held before the engine was made, but after its runtime was imported.
+        """
         try:
-            return self._builders[model.engine](model, self._settings)
+            return self._made_by(model.engine, model)
         except ModelUnavailable as error:
-            if model.engine != "onnx" or not model.torch_fallback:
+            if not model.torch_may_serve:
                 raise
             log.warning("torch serves %s instead of ONNX Runtime: %s", model.id, error.message)
-            return self._builders["sentence_transformers"](model, self._settings)
+            return self._made_by("sentence_transformers", model)
+
+    def _made_by(self, word: str, model: Model) -> tuple[Engine, int]:
+        builder = self._builders[word]
+        _import_runtime(builder)
+        before = self._held()
+        return builder(model, self._settings), before
 
     def _model(self, model_id: str) -> Model:
         for model in self._settings.models:
@@ -251,10 +261,11 @@ class Pool:
         """Two passes show that it works; at a first start more find its pace and budget.
 
         A model is said to take no less than at its first load: the next one may get pages that this
-        process has already.
+        process has already. Where memory is too short for its budget now, the next load tries it again.
         """
         kept = self._known.get(model.id) or self._kept(model)
         if kept is not None and kept.engine == type(engine).__name__:
+            self._known[model.id] = kept
             proved = self._prove(model, engine, kept.budget_tokens)
             size_bytes = max(self._held() - before, kept.bytes)
             budget = kept.budget_tokens if proved else self._least()
@@ -271,6 +282,7 @@ class Pool:
         )
         if model.engine != "fake" and self._profiles is not None:
             self._profiles.keep(model, profile)
+        self._known[model.id] = profile
         return profile
 
     def _least(self) -> int:

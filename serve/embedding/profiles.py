@@ -31,7 +31,7 @@ NAME_CHARS = 12
 NO_MATTER = frozenset(
     {
         *("id", "source", "owned_by", "created", "query_prefix", "document_prefix", "matryoshka"),
-        *("pinned", "unload_after_s", "torch_fallback"),
+        *("int8_spread", "pinned", "unload_after_s", "torch_fallback"),
     }
 )
 """Settings of a model that change nothing of its speed or size."""

@@ -1,4 +1,4 @@
-"""Token ids into the two arrays that a text model reads."""
+"""Token ids into the arrays that a text model reads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +9,21 @@ from numpy.typing import NDArray
 from serve.config import Model
 from serve.errors import BadInput
 from serve.records import Input, TokenIds
+
+
+@dataclass(frozen=True, slots=True)
+class Flat:
+    """A batch in one row, without padding: (1, tokens).
+
+    Of each token its id, its position in its input and that input's number; `starts` is where each
+    input begins, and where the last one ends.
+    """
+
+    ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    members: NDArray[np.int32]
+    starts: NDArray[np.int32]
+    longest: int
 
 
 @dataclass(slots=True)
@@ -34,9 +49,28 @@ class Rows:
             place = slice(longest - len(row), None) if self.pad_left else slice(0, len(row))
             ids[position, place] = row
             mask[position, place] = 1
+        self._check(ids)
+        return ids, mask
+
+    def flat(self, batch: Sequence[Input]) -> Flat:
+        """A batch that is not empty as one row. Raises BadInput like `padded`."""
+        rows = [self._ids(one) for one in batch]
+        lengths = np.array([len(row) for row in rows])
+        starts = np.concatenate(([0], np.cumsum(lengths)))
+        members = np.repeat(np.arange(len(rows)), lengths)
+        ids = np.concatenate(rows).astype(np.int64)
+        self._check(ids)
+        return Flat(
+            ids=ids[None],
+            positions=(np.arange(len(ids)) - starts[members])[None],
+            members=members[None].astype(np.int32),
+            starts=starts.astype(np.int32),
+            longest=int(lengths.max()),
+        )
+
+    def _check(self, ids: NDArray[np.int64]) -> None:
         if ids.min() < 0 or ids.max() >= self.vocab_size:
             raise BadInput(f"The model {self.model.id} knows token ids below {self.vocab_size}.")
-        return ids, mask
 
     def _ids(self, one: Input) -> TokenIds:
         if one.ids is None:

@@ -4,17 +4,35 @@ It runs the model's own modules on our token ids. `encode` would tokenise again,
 itself; here `packing` has decided that. Importing this takes about 10 s: `pool` does, lazily.
 """
 
+import importlib.util
+import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
-from serve.config import Model
+from serve.config import Model, Precision
 from serve.embedding.rows import Rows
 from serve.errors import ModelUnavailable
 from serve.records import Input, InputKind, Vector
+
+
+log = logging.getLogger("headrace.torch")
+
+AMPERE = (8, 0)
+"""Compute capability of the first cards with bfloat16, and the least that flash attention takes."""
+
+FLASH = "flash_attention_2"
+FLASH_PACKAGE = "flash_attn"
+"""Only where this is installed: in its absence transformers would download code."""
+
+FLAT_TOKENS = (3, 17, 8)
+FLAT_COSINE_MIN = 0.99
+"""Half precision leaves 0.999 and more; a wrong position or a neighbour that shines through does not."""
 
 
 class Composed(torch.nn.Module):
@@ -29,35 +47,30 @@ class Composed(torch.nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Embed a padded batch."""
-        features = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return self.embed({"input_ids": input_ids, "attention_mask": attention_mask})
+
+    def embed(self, features: dict[str, Any]) -> torch.Tensor:
+        """Embed a batch in any form that the modules read."""
         pooled = self._composed(features)["sentence_embedding"].float()
         return torch.nn.functional.normalize(pooled, dim=1)
 
 
 class SentenceTransformersEngine:
-    """Implements `ports.Engine`: equals `SentenceTransformer.encode` (cosine > 0.9999).
+    """Implements `ports.Engine`: equals `SentenceTransformer.encode` (cosine > 0.9999 in float32).
 
     Loads from a folder only: no network, no code from the model. `threads` sets torch's CPU
     threads for the whole process. Raises ModelUnavailable when the folder cannot be loaded or the
-    model is not what the settings say. `composed` and `rows` are what it runs, and on what.
+    model is not what the settings say. `composed` and `rows` are what it runs, and on what; `flat`
+    says whether batches go in without padding, which takes a GPU with flash attention.
     """
 
     accepts: frozenset[InputKind] = frozenset({"ids"})
 
     def __init__(self, model: Model, folder: Path, *, device: str, threads: int) -> None:
         torch.set_num_threads(threads)
-        # bf16 weights run at a sixth of the speed on a CPU; elsewhere as they are stored.
-        dtype = torch.float32 if device == "cpu" else "auto"
-        try:
-            inner = SentenceTransformer(
-                str(folder),
-                device=device,
-                local_files_only=True,
-                trust_remote_code=False,
-                model_kwargs={"dtype": dtype},
-            )
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-            raise ModelUnavailable(f"Model {model.id}: loading failed: {error}") from error
+        capability = _capability(model, device)
+        dtype = dtype_of(model.precision, capability)
+        inner = _load(model, folder, device, dtype, flash=flash_fits(dtype, capability))
         self.dimensions = model.dimensions
         self._device = device
         _check(model, inner)
@@ -69,21 +82,116 @@ class SentenceTransformersEngine:
             pad_id=tokenizer.pad_token_id or 0,
             pad_left=tokenizer.padding_side == "left",
         )
+        first = inner[0]
+        self._position_first = getattr(first, "_flatten_position_offset", 0)
+        self.flat = bool(getattr(first, "can_flatten_inputs", False)) and self.reads_flat()
 
     def forward(self, batch: Sequence[Input]) -> Vector:
         """See `ports.Engine.forward`. Raises BadInput for what the model cannot read."""
         if not batch:
             return np.zeros((0, self.dimensions), np.float32)
-        ids, mask = (torch.from_numpy(part).to(self._device) for part in self.rows.padded(batch))
+        features = self._in_one_row(batch) if self.flat else self._padded(batch)
+        return self._embed(features)
+
+    def reads_flat(self) -> bool:
+        """Whether the model makes the same vectors without padding: nothing else would notice."""
+        batch = [
+            Input(ids=((np.arange(count) * 7919 + count) % self.rows.vocab_size).astype(np.int32))
+            for count in FLAT_TOKENS
+        ]
+        padded = self._embed(self._padded(batch))
+        try:
+            cosine = float(np.sum(padded * self._embed(self._in_one_row(batch)), axis=1).min())
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            log.warning("batches are padded, since without padding the model fails: %s", error)
+            return False
+        if not cosine >= FLAT_COSINE_MIN:  # NaN compares as false
+            log.warning("batches are padded: without padding vectors differ, cosine %.4f", cosine)
+            return False
+        return True
+
+    def _embed(self, features: dict[str, Any]) -> Vector:
         with torch.inference_mode():
-            vectors: Vector = np.ascontiguousarray(self.composed(ids, mask).cpu().numpy())
+            vectors: Vector = np.ascontiguousarray(self.composed.embed(features).cpu().numpy())
         return vectors
+
+    def _padded(self, batch: Sequence[Input]) -> dict[str, Any]:
+        ids, mask = self.rows.padded(batch)
+        return {"input_ids": self._moved(ids), "attention_mask": self._moved(mask)}
+
+    def _in_one_row(self, batch: Sequence[Input]) -> dict[str, Any]:
+        """The names that transformers gives to the parts of a batch in one row."""
+        flat = self.rows.flat(batch)
+        starts = self._moved(flat.starts)
+        return {
+            "input_ids": self._moved(flat.ids),
+            "position_ids": self._moved(flat.positions + self._position_first),
+            "seq_idx": self._moved(flat.members),
+            "cu_seq_lens_q": starts,
+            "cu_seq_lens_k": starts,
+            "max_length_q": flat.longest,
+            "max_length_k": flat.longest,
+        }
+
+    def _moved(self, part: NDArray[Any]) -> torch.Tensor:
+        """On the device; from pinned memory, which a GPU reads while the CPU goes on."""
+        tensor = torch.from_numpy(part)
+        if self._device == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self._device, non_blocking=True)
 
     def close(self) -> None:
         """Drop the weights, and give a GPU's memory back to others."""
         del self.composed
         if self._device.startswith("cuda"):
             torch.cuda.empty_cache()
+
+
+def _capability(model: Model, device: str) -> tuple[int, int] | None:
+    if device == "cpu":
+        return None
+    if not torch.cuda.is_available():
+        raise ModelUnavailable(f"Model {model.id}: torch sees no GPU.")
+    return torch.cuda.get_device_capability(device)
+
+
+def dtype_of(precision: Precision, capability: tuple[int, int] | None) -> torch.dtype:
+    """What a model computes with on a GPU of that compute capability; without one on a CPU."""
+    if precision != "auto":
+        found: torch.dtype = getattr(torch, precision)
+        return found
+    if capability is None:
+        return torch.float32
+    return torch.bfloat16 if capability >= AMPERE else torch.float16
+
+
+def flash_fits(dtype: torch.dtype, capability: tuple[int, int] | None) -> bool:
+    """Whether flash attention is there for that dtype and GPU."""
+    if dtype == torch.float32 or capability is None or capability < AMPERE:
+        return False
+    return importlib.util.find_spec(FLASH_PACKAGE) is not None
+
+
+def _load(
+    model: Model, folder: Path, device: str, dtype: torch.dtype, *, flash: bool
+) -> SentenceTransformer:
+    """With flash attention where the model has it, else with the attention it chooses."""
+    wanted: dict[str, Any] = {"dtype": dtype}
+    if flash:
+        wanted["attn_implementation"] = FLASH
+    try:
+        return SentenceTransformer(
+            str(folder),
+            device=device,
+            local_files_only=True,
+            trust_remote_code=False,
+            model_kwargs=wanted,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        if flash:
+            log.warning("model %s runs without flash attention: %s", model.id, error)
+            return _load(model, folder, device, dtype, flash=False)
+        raise ModelUnavailable(f"Model {model.id}: loading failed: {error}") from error
 
 
 def _check(model: Model, inner: SentenceTransformer) -> None:

@@ -31,9 +31,9 @@ class Batcher:
     """Orders calls fairly, batches them by tokens, isolates what fails.
 
     A model that fails on a known good input leaves its calls unanswered but for ModelUnavailable,
-    and is loaded again. `healthy` turns false for good when that did not help and no other model
-    works, when a pass does not return, or when `run` ends; from then on every call, waiting or new,
-    is answered with ModelUnavailable. `loader` is the thread of loads; None is the event loop's own.
+    and is loaded again. `healthy` turns false for good when that did not help or does not end and no
+    other model works, when a pass does not return, or when `run` ends; from then on every call,
+    waiting or new, is answered with ModelUnavailable. `loader` is the thread of loads; None is the event loop's own.
     """
 
     def __init__(
@@ -127,13 +127,10 @@ class Batcher:
             unbegun=len(call.inputs),
         )
 
-    def _cost(self, model: str, tokens: int, inputs: int = 1) -> float:
-        return self._costs.cost(model, tokens, inputs)
-
     def _park(self, pending: Pending) -> None:
         """Its model has to be loaded, or to leave and come back."""
         call = pending.call
-        self._parked.add(pending, self._cost(call.model, sum(call.tokens), len(call.inputs)))
+        self._parked.add(pending, self._costs.cost(call.model, sum(call.tokens), len(call.inputs)))
         self._loads.look()
 
     def _enqueue(self, pending: Pending) -> None:
@@ -149,7 +146,7 @@ class Batcher:
                 call.klass,
                 call.tenant,
                 weight=call.weight,
-                cost=self._cost(call.model, tokens, len(group)),
+                cost=self._costs.cost(call.model, tokens, len(group)),
                 item=Slice(pending, tuple(group)),
                 count=len(group),
                 priority=call.priority,
@@ -163,7 +160,7 @@ class Batcher:
         if left_s > 0:
             loop = asyncio.get_running_loop()
             pending.timer = loop.call_later(left_s, self._watch, pending)
-        elif pending.unbegun:
+        elif pending.unbegun or not pending.call.inputs:  # one without inputs waits for its model
             pending.live(self._clock())
 
     def _withdraw(self, pending: Pending) -> None:
@@ -183,7 +180,7 @@ class Batcher:
         if used:
             self._holdings.leave(model, self._clock())
         elif not self._parked.waits(model):
-            self._holdings.forget(model)
+            self._holdings.forget(model, self._clock())
             self._unpark()
         if not self._holdings.settled:
             self._loads.look()
@@ -197,6 +194,8 @@ class Batcher:
                 self._refuse(done.step.model, done.error)
             elif done.step.word == "load":
                 self._fit(done.step.model)
+            for model in filter(self._holdings.is_open, done.broken):
+                self._broke(model)
             self._unpark()
 
     def _fit(self, model: str) -> None:
@@ -233,11 +232,12 @@ class Batcher:
 
     def check(self) -> None:
         """Raises ModelUnavailable when the replica is of no use any more; asked again and again."""
-        if self._runner.overdue:
+        try:
+            self._runner.check()
+            self._holdings.check(self._clock())
+        except ModelUnavailable:
             self._give_up()
-            raise ModelUnavailable(
-                f"A batch is at the model for more than {self._batch.forward_s_max:g} s."
-            )
+            raise
         if not self.healthy:
             raise ModelUnavailable("No model works.")
 
@@ -329,7 +329,7 @@ class Batcher:
         self._leave(model, used=True)
         self.tally.handouts += 1
         if full and self.tally.repeated == repeated:
-            cost = self._cost(model, sum(tokens), len(tokens))
+            cost = self._costs.cost(model, sum(tokens), len(tokens))
             self._costs.rate.learn(cost, self._free_at - began)
 
     async def _run(self, model: str, members: list[Member]) -> None:
@@ -342,19 +342,19 @@ class Batcher:
                 awaited.append(member)
             else:
                 self.tally.dropped += 1
-                self._settle(member, -self._cost(model, tokens_of(member)))
+                self._settle(member, -self._costs.cost(model, tokens_of(member)))
         try:
             ran = await self._runner.run(awaited)
         except ModelUnavailable:
             self._broke(model)
             return
-        if len(ran.guilty) < len(awaited):
+        if ran.worked:
             self._holdings.worked(model)
         self._charge(ran)
 
     def _charge(self, ran: Ran) -> None:
         """Passes beyond the first are paid by those whose inputs caused them."""
-        again = [self._cost(one[0].call.model, tokens_of(one)) for one in ran.repeated]
+        again = [self._costs.cost(one[0].call.model, tokens_of(one)) for one in ran.repeated]
         for member in ran.guilty:
             self._settle(member, sum(again) / len(ran.guilty))
 

@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from serve.embedding.holdings import Step
 from serve.errors import ModelUnavailable
@@ -20,10 +20,14 @@ log = logging.getLogger("headrace.loading")
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A step that has ended; `error` is for the callers of its model, when it failed."""
+    """A step that has ended; `error` is for the callers of its model, when it failed.
+
+    `broken` are models that were found not to work either.
+    """
 
     step: Step
     error: ModelUnavailable | None = None
+    broken: tuple[str, ...] = ()
 
 
 class Loads:
@@ -48,7 +52,10 @@ class Loads:
             self._wake.clear()
             step = holdings.step(self._clock())
             if step is not None:
-                yield await self._take(step)
+                done = await self._take(step)
+                if done.error is not None:
+                    done = replace(done, broken=await self._broken(step.model))
+                yield done
                 continue
             now = self._clock()
             due = holdings.due(now)
@@ -77,6 +84,19 @@ class Loads:
             return self._failed(step)
         log.info("the %s of model %s took %.1f s", step.word, model, self._clock() - began)
         return Done(step)
+
+    async def _broken(self, beside: str) -> tuple[str, ...]:
+        """Of the others, those that fail on a known good input: a lost device takes all with it, also
+        those that have nothing to do.
+        """
+        loop, found = asyncio.get_running_loop(), []
+        for model in self._engines.holdings.suspects(beside):
+            try:
+                await loop.run_in_executor(self._executor, called, self._engines.probe, model)
+            except Exception:  # a named rim: a runtime may raise anything
+                log.exception("model %s fails on its warm-up input", model)
+                found.append(model)
+        return tuple(found)
 
     def _failed(self, step: Step) -> Done:
         """The words of a runtime stay in the log: they may name paths."""

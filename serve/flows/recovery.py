@@ -65,10 +65,14 @@ class Engines(Protocol):
 
 @dataclass(slots=True)
 class Ran:
-    """What a batch came to: inputs that were run again, once for each time, and because of whom."""
+    """What a batch came to: inputs that were run again, once for each time, and because of whom.
+
+    `worked`: the model made a vector.
+    """
 
     repeated: list[Member] = field(default_factory=list)
     guilty: list[Member] = field(default_factory=list)
+    worked: bool = False
 
 
 class Runner:
@@ -105,10 +109,11 @@ class Runner:
         """Padded tokens of one of its batches, at most."""
         return self._budget(model).tokens
 
-    @property
-    def overdue(self) -> bool:
-        """Whether a pass is at the model for so long that it will never return."""
-        return self._began is not None and self._clock() - self._began > self._batch.forward_s_max
+    def check(self) -> None:
+        """Raises ModelUnavailable when a pass is at the model for so long that it never returns."""
+        most_s = self._batch.forward_s_max
+        if self._began is not None and self._clock() - self._began > most_s:
+            raise ModelUnavailable(f"A batch is at the model for more than {most_s:g} s.")
 
     async def run(self, members: list[Member]) -> Ran:
         """Give every input of a batch its outcome. Raises ModelUnavailable: the model is broken."""
@@ -140,6 +145,7 @@ class Runner:
     ) -> None:
         """Hand rows to their calls; a row without a usable vector is tried once more, alone."""
         now = self._clock()
+        ran.worked = ran.worked or len(bad) < len(members)
         for row, (pending, index) in enumerate(members):
             if row not in bad:
                 pending.put(index, vectors[row])
@@ -175,7 +181,10 @@ class Runner:
         """That batch was too large for the device's memory, what its allocator keeps given back."""
         tokens = padded([tokens_of(member) for member in members])
         self._budget(members[0][0].call.model).shrink(tokens, self._clock())
-        await self._on_device(self._engines.relieve)
+        try:
+            await self._on_device(self._engines.relieve)
+        except Exception:  # a named rim: the next pass shows whether the model still works
+            log.exception("the memory of the device could not be given back")
 
     def _budget(self, model: str) -> Budget:
         if model not in self._budgets:
@@ -195,7 +204,7 @@ class Runner:
         return True
 
     async def _on_device(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call it in the model's thread, under the eyes of `overdue`."""
+        """Call it in the model's thread, under the eyes of `check`."""
         loop = asyncio.get_running_loop()
         self._began = self._clock()
         try:

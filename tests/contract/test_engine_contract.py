@@ -26,6 +26,7 @@ pytestmark = pytest.mark.timeout(400)  # the first run of all makes a graph
 ROOT = Path(__file__).parents[2]
 GRAPHS = ROOT / "data" / "graphs"
 MINILM = Settings().pools[0].models[0]
+INT8 = MINILM.model_copy(update={"precision": "int8"})
 FAKE = Model(id="fake", engine="fake", dimensions=64, tokens_max=256)
 
 TEXTS = [
@@ -41,10 +42,15 @@ TEXTS = [
 
 
 class Subject:
-    """An engine with what a test must know of it."""
+    """An engine with what a test must know of it.
+
+    `likeness` is the least cosine of an input to itself in other company: int8 has one scale for all
+    of a batch.
+    """
 
     def __init__(self, model: Model, engine: Engine) -> None:
         self.model = model
+        self.likeness = 0.97 if model.precision == "int8" else 0.9999
         self.engine = engine
         self.tokenizer = Tokenizer.open(model)
 
@@ -54,12 +60,13 @@ class Subject:
         return [Input(ids=self.tokenizer.truncate(row, limit)) for row in rows]
 
 
-@pytest.fixture(scope="module", params=["fake", "onnx", "sentence_transformers"])
+@pytest.fixture(scope="module", params=["fake", "onnx", "onnx_int8", "sentence_transformers"])
 def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
     if request.param == "fake":
         found = Subject(FAKE, FakeEngine(FAKE))
     else:
-        found = Subject(MINILM, MINILMS[request.param](MINILM))
+        model = INT8 if request.param == "onnx_int8" else MINILM
+        found = Subject(model, MINILMS[request.param](model))
     yield found
     found.engine.close()
 
@@ -80,10 +87,11 @@ def _torch(model: Model) -> Engine:
 def _onnx(model: Model) -> Engine:
     from serve.embedding.onnx import OnnxEngine  # noqa: PLC0415
 
-    return OnnxEngine(model, Graphs(GRAPHS).take(MINILM, threads=2), threads=1)
+    kept = INT8 if model.precision == "int8" else MINILM
+    return OnnxEngine(model, Graphs(GRAPHS).take(kept, threads=2), threads=1)
 
 
-MINILMS = {"onnx": _onnx, "sentence_transformers": _torch}
+MINILMS = {"onnx": _onnx, "onnx_int8": _onnx, "sentence_transformers": _torch}
 
 
 def test_rows_are_unit_float32_in_one_piece(subject: Subject) -> None:
@@ -99,7 +107,7 @@ def test_an_input_alone_equals_itself_in_a_mixed_batch(subject: Subject) -> None
     together = subject.engine.forward(subject.inputs(TEXTS))
     for row, one in enumerate(subject.inputs(TEXTS)):
         alone = subject.engine.forward([one])[0]
-        assert float(alone @ together[row]) > 0.9999
+        assert float(alone @ together[row]) > subject.likeness
 
 
 def test_rows_are_in_the_order_of_the_inputs(subject: Subject) -> None:
@@ -107,7 +115,7 @@ def test_rows_are_in_the_order_of_the_inputs(subject: Subject) -> None:
     back = subject.engine.forward(subject.inputs(TEXTS[::-1]))
     similar = there @ back[::-1].T
     assert similar.argmax(axis=1).tolist() == list(range(len(TEXTS)))
-    assert similar.diagonal().min() > 0.9999
+    assert similar.diagonal().min() > subject.likeness
 
 
 def test_texts_that_share_words_are_nearer(subject: Subject) -> None:
@@ -184,6 +192,31 @@ def test_a_graph_equals_torch_in_batches_of_every_shape() -> None:
         batch = [Input(ids=rng.integers(999, 30522, n).astype(np.int32)) for n in lengths]
         cosines = (graph.forward(batch) * torch.forward(batch)).sum(axis=1)
         assert cosines.min() > 0.9999
+
+
+def test_a_graph_in_int8_says_what_it_costs_and_is_as_readable_as_its_original() -> None:
+    exact = Graphs(GRAPHS).take(MINILM, threads=2)
+    coarse = Graphs(GRAPHS).take(INT8, threads=2)
+    assert exact.cosine_min > 0.9999
+    assert exact.loss == {}
+    assert coarse.files.keys() == exact.files.keys() == {"graph.onnx", "graph.onnx.data"}
+    modes = [
+        (graph.folder / name).stat().st_mode for graph in (exact, coarse) for name in exact.files
+    ]
+    assert len(set(modes)) == 1
+    assert (
+        0.95 < coarse.cosine_min <= coarse.loss["cosine_min"] < coarse.loss["cosine_mean"] < 0.999
+    )
+    assert coarse.loss["top10_overlap"] > 0.8
+    assert coarse.loss["texts"] == 400
+
+
+def test_int8_is_near_float32_and_not_the_same() -> None:
+    exact, coarse = Subject(MINILM, _onnx(MINILM)), Subject(INT8, _onnx(INT8))
+    cosines = (
+        exact.engine.forward(exact.inputs(TEXTS)) * coarse.engine.forward(coarse.inputs(TEXTS))
+    ).sum(axis=1)
+    assert 0.95 < cosines.min() < 0.9999
 
 
 def test_a_graph_that_is_kept_is_served_without_torch() -> None:

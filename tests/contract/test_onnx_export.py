@@ -69,12 +69,3 @@ def test_a_graph_that_differs_in_one_row_is_refused(exporting, tmp_path, ours):
     with pytest.raises(ModelUnavailable, match="differs from torch: cosine"):
         exporting(ours)
     assert not (tmp_path / FACTS).exists()
-
-
-def test_it_is_checked_with_several_lengths_together_and_with_the_longest():
-    from serve.embedding import onnx_export  # noqa: PLC0415
-
-    mixed, alone, longest = onnx_export.batches(MODEL)
-    assert len({len(one.ids) for one in mixed}) > 4
-    assert len(alone) == 1
-    assert [len(one.ids) for one in longest] == [MODEL.tokens_max]

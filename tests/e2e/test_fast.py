@@ -1,5 +1,6 @@
 """The profile `fast` from `config.yaml`: what it opens, and what is left of it after a kill."""
 
+import shutil
 import signal
 import socket
 import time
@@ -85,3 +86,5 @@ def test_it_opens_what_the_default_profile_opens_and_nothing_of_it_outlives_a_ki
         assert time.monotonic() < deadline, f"HAProxy outlives its cluster: {left}"
         time.sleep(0.2)
     assert is_free(port)
+    config = Path(next(iter(proxies.values())).split("\0")[3])
+    shutil.rmtree(config.parents[1])  # what was killed removes nothing

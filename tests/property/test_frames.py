@@ -44,7 +44,9 @@ def same(one: EmbedCall, other: EmbedCall) -> bool:
 @given(calls())
 def test_a_call_comes_out_as_it_went_in(call):
     assert frames.carries(call)
-    assert same(frames.read_call(frames.pack_call(call)), call)
+    found = frames.read_call(frames.pack_call(call))
+    assert same(found, call)
+    assert all(one.ids.flags.aligned for one in found.inputs)
 
 
 @given(st.lists(IDS, min_size=1, max_size=4), SECONDS, SECONDS)
@@ -54,6 +56,7 @@ def test_a_reply_comes_out_as_it_went_in(rows, queue_ms, infer_ms):
     reply = EmbedReply(vectors, ((0, failed),), queue_ms=queue_ms, infer_ms=infer_ms)
     found = frames.read_reply(frames.pack_reply(reply))
     assert np.array_equal(found.vectors, vectors)
+    assert found.vectors.flags.aligned
     assert (found.queue_ms, found.infer_ms) == (queue_ms, infer_ms)
     [(index, error)] = found.failures
     assert (index, type(error), vars(error)) == (0, PoisonInput, vars(failed))

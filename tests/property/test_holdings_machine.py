@@ -73,7 +73,7 @@ class HoldingsMachine(RuleBasedStateMachine):
         if self.parked[name]:
             self.parked[name] -= 1
             if not self.parked[name]:
-                self.holdings.forget(name)
+                self.holdings.forget(name, self.now)
                 self._unpark()
 
     def _unpark(self) -> None:
@@ -87,7 +87,7 @@ class HoldingsMachine(RuleBasedStateMachine):
         """Every call of it is answered with an error."""
         if self.parked[name]:
             self.parked[name] = 0
-            self.holdings.forget(name)
+            self.holdings.forget(name, self.now)
         while self.queued[name]:
             self.queued[name] -= 1
             self.holdings.leave(name, self.now)
@@ -109,6 +109,7 @@ class HoldingsMachine(RuleBasedStateMachine):
             assert step.model in self.loaded
             assert self.queued[step.model] == 0
             assert step.model != "p" or "p" in self.broken
+            assert not self.holdings.is_open(step.model)
         else:
             assert step.model not in self.loaded
         if step.word == "load":

@@ -134,6 +134,20 @@ async def test_a_device_with_less_memory_than_promised_is_learnt(rig):
     assert one.relieved  # what a GPU's allocator keeps
 
 
+async def test_a_device_that_cannot_give_memory_back_ends_nothing_by_that(rig):
+    """A card whose context is lost says so at whatever is asked of it next."""
+    one = rig(tokens_min=100, tokens_max=800, target_ms=10_000)
+
+    def fault():
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    one.relieve = fault
+    one.spy.fault = times(1, raises(MemoryError()))
+    assert (await one.ask(*(of_length(100, n) for n in range(1, 9)))).failures == ()
+    assert one.batcher.healthy
+    assert not one.running.done()
+
+
 async def test_the_budget_is_one_models_and_grows_back_below_what_failed(rig, clock):
     one = rig(
         tokens_min=100, tokens_max=800, target_ms=10**4, oom_forget_s=600, queue_items_max=10**5

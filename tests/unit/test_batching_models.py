@@ -102,6 +102,17 @@ async def test_a_call_without_inputs_needs_its_model_too(rig):
     assert (await rig(loose="n").ask(model="n")).vectors.shape == (0, 8)
 
 
+async def test_a_call_without_inputs_does_not_wait_for_ever_either(rig, clock):
+    one = rig(loose="n")
+    one.loader.held = True
+    late = await one.start(model="n", limit_s=0.005)
+    clock.advance(0.006)
+    with pytest.raises(DeadlineExceeded):
+        async with asyncio.timeout(2):
+            await late
+    await one.release()
+
+
 # --- room for one only ------------------------------------------------------------------------
 
 
@@ -165,6 +176,39 @@ async def test_an_idle_model_makes_room_at_once(rig):
     assert one.log == [
         ("load", "m"), ("unload", "m"), ("load", "n"), ("unload", "n"), ("load", "m")
     ]  # fmt: skip
+
+
+async def test_a_call_that_arrives_while_its_idle_model_is_unloaded_waits_for_it_to_come_back(rig):
+    one = rig(loose="mn", pool={"memory_bytes_max": 150})
+    await one.ask(ids(1), model="m")
+    one.loader.held = True
+    await one.start(ids(2), model="n")
+    assert len(one.loader.waiting) == 1  # the unload of m has begun
+    late = await one.start(ids(3), model="m")
+    assert one.spy.seen == [1, 1]  # nothing is given to an engine that may be closed already
+    await one.release()
+    assert (await late).failures == ()
+    assert one.log[1:] == [("unload", "m"), ("load", "n"), ("unload", "n"), ("load", "m")]
+    assert one.probed == []
+
+
+async def test_a_drained_model_that_is_being_unloaded_does_not_come_back_half_way(rig, clock):
+    """The call that it leaves for goes away in that moment."""
+    one = rig(loose="mn", pool={"memory_bytes_max": 150, "swap_after_s": 2})
+    await one.ask(ids(1), model="m")
+    await one.hold()
+    leaves = await one.start(ids(2), model="n")
+    clock.advance(2)
+    one.batcher._loads.look()
+    parked = await one.start(ids(3), model="m")
+    one.loader.held = True
+    await one.device.step()  # the last of its work: now it is unloaded
+    await one.leave(leaves)
+    assert not parked.done()
+    assert one.device.waiting == []
+    await one.release()
+    assert (await parked).failures == ()
+    assert one.log[1:] == [("unload", "m"), ("load", "m")]
 
 
 async def test_a_model_for_which_there_is_no_room_at_all_is_refused_with_the_reason(rig):
@@ -258,6 +302,39 @@ async def test_one_broken_model_does_not_sink_the_pool(rig, clock):
     assert (await one.ask(ids(1))).failures == ()
 
 
+async def test_a_device_that_is_lost_is_given_up_though_its_other_model_has_nothing_to_do(rig):
+    one = rig()
+    for spy in one.engines.values():
+        spy.fault = breaks
+    with pytest.raises(ModelUnavailable):
+        await one.ask(ids(1))
+    await one.leave(await one.start(ids(2)))
+    assert one.probed == ["m", "n"]
+    with pytest.raises(ModelUnavailable):
+        one.batcher.check()
+
+
+async def test_a_pass_that_failed_and_whose_caller_left_does_not_show_that_the_model_works(rig):
+    one = rig(only="m")
+    one.loader.held = True
+    one.spy.fault = breaks
+    with pytest.raises(ModelUnavailable):
+        await one.ask(ids(1))
+    await one.leave(await one.start(ids(5)))
+    one.spy.fault = None
+    await one.release()
+    assert one.log == [("unload", "m"), ("load", "m")]
+    one.spy.fault = breaks
+    one.device.held = True
+    leaves = await one.start(ids(2))
+    await one.leave(leaves)
+    await one.release()
+    assert one.batcher.healthy
+    with pytest.raises(ModelUnavailable):
+        await one.ask(ids(3))
+    assert not one.batcher.healthy
+
+
 async def test_when_no_model_works_the_replica_is_given_up(rig):
     one = rig()
     for spy in one.engines.values():
@@ -268,6 +345,30 @@ async def test_when_no_model_works_the_replica_is_given_up(rig):
     assert not one.batcher.healthy
     with pytest.raises(ModelUnavailable, match="No model works"):
         one.batcher.check()
+
+
+async def test_a_reload_that_never_ends_ends_the_replica_where_nothing_else_works(rig, clock):
+    for only, healthy in (("m", False), ("mn", True)):
+        one = rig(only=only, pool={"reload_s_max": 60})
+        one.loader.held = True
+        one.spy.fault = breaks
+        with pytest.raises(ModelUnavailable):
+            await one.ask(ids(1))
+        waits = await one.start(ids(2), deadline_s=3600)
+        clock.advance(59)
+        one.batcher.check()
+        clock.advance(2)
+        if not healthy:
+            with pytest.raises(ModelUnavailable, match="not back after 60 s"):
+                one.batcher.check()
+            with pytest.raises(ModelUnavailable):
+                await waits
+        else:
+            one.batcher.check()
+            assert not waits.done()
+        assert one.batcher.healthy is healthy
+        one.spy.fault = None
+        await one.release()
 
 
 # --- a pass that never returns ----------------------------------------------------------------

@@ -256,8 +256,8 @@ def test_fairness_reports_every_policy_beside_the_fair_queue():
 
 
 def test_a_targets_throughput_is_told_by_the_target_with_the_best_median():
-    short = handout.Sample([800.0, 450.0, 700.0], [40.0, 20.0, 35.0], [1.1] * 3, [50.0])
-    long = handout.Sample([1000.0, 500.0, 600.0], [50.0, 25.0, 30.0], [1.0] * 3, [900.0])
+    short = handout.Sample([], [800.0, 450.0, 700.0], [40.0, 20.0, 35.0], [1.1] * 3, [50.0])
+    long = handout.Sample([], [1000.0, 500.0, 600.0], [50.0, 25.0, 30.0], [1.0] * 3, [900.0])
     found = handout.summary({100.0: long, 1600.0: short})["targets"]
     assert found["1600"]["ratio_of_best"] == {"median": 1, "min": 1, "max": 1}  # 700 beside 600
     assert found["100"]["ratio_of_best"]["max"] == pytest.approx(1.25)

@@ -1,6 +1,8 @@
 """deployments.client: what is repeated, how long, and how a refusal reads."""
 
-from collections.abc import Callable
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -163,21 +165,44 @@ def test_another_service_on_the_port_is_said():
         client([httpx.Response(200, text="<html>")], Sleeps()).search("c", "q", 1, None)
 
 
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    """A port of its own, on which nobody answers until a test does."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server
+
+
+def asked(listener: socket.socket, answer: bytes) -> bool:
+    """What `ready` makes of an answer; the question is checked, too."""
+
+    def serve() -> bytes:
+        connection, _ = listener.accept()
+        with connection:
+            question = connection.recv(4096)
+            connection.sendall(answer)
+        return question
+
+    with ThreadPoolExecutor(1) as pool:
+        served = pool.submit(serve)
+        found = ready(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        assert served.result().startswith(b"GET /health/ready HTTP/1.1\r\n")
+    return found
+
+
 @pytest.mark.parametrize(
-    ("get", "expected"),
+    ("answer", "expected"),
     [
-        (lambda *_, **__: httpx.Response(200), True),
-        (lambda *_, **__: httpx.Response(503), False),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n", True),
+        (b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\n\r\n", False),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", False),
+        (b"", False),
     ],
 )
-def test_ready(monkeypatch, get: Callable[..., httpx.Response], expected):
-    monkeypatch.setattr(httpx, "get", get)
-    assert ready("http://service") is expected
+def test_ready(listener, answer, expected):
+    assert asked(listener, answer) is expected
 
 
-def test_not_ready_while_nothing_listens(monkeypatch):
-    def get(*_: object, **__: object) -> httpx.Response:
-        raise httpx.ConnectError("refused")
-
-    monkeypatch.setattr(httpx, "get", get)
-    assert not ready("http://service")
+def test_not_ready_while_nothing_listens(listener):
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    listener.close()
+    assert not ready(url)

@@ -132,6 +132,33 @@ def test_changes_of_an_allowance():
         tier.changed({"weight": 2})
 
 
+REAL = FAKE | {"source": "x", "sha256": "0" * 64}
+
+
+@pytest.mark.parametrize(
+    ("engine", "precision", "gpus", "message"),
+    [
+        ("onnx", "int8", 0, None),
+        ("onnx", "float32", 0, None),
+        ("onnx", "bfloat16", 0, "engine onnx computes in auto, float32, int8"),
+        ("sentence_transformers", "float32", 0, None),
+        ("sentence_transformers", "bfloat16", 1, None),
+        ("sentence_transformers", "float16", 0.5, None),
+        ("sentence_transformers", "float16", 0, "pool default: float16 and bfloat16 need a GPU"),
+        ("sentence_transformers", "int8", 1, "sentence_transformers computes in auto, bfloat16"),
+        ("fake", "float32", 0, "engine fake computes in auto"),
+    ],
+)
+def test_an_engine_is_given_only_what_it_can_compute_with(engine, precision, gpus, message):
+    model = REAL | {"engine": engine, "precision": precision}
+    raw = {"pools": [{"models": [model], "gpus": gpus}]}
+    if message is None:
+        assert Settings.model_validate(raw).pools[0].models[0].precision == precision
+    else:
+        with pytest.raises(ValidationError, match=message):
+            Settings.model_validate(raw)
+
+
 def test_a_real_engine_needs_its_files_and_their_hash():
     model = FAKE | {"engine": "sentence_transformers"}
     with pytest.raises(ValidationError, match="source and sha256 are required"):

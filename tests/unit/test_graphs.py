@@ -38,10 +38,12 @@ class Exporter:
 
     def __init__(self) -> None:
         self.made = 0
+        self.originals: list[Path | None] = []
         self.fault: Exception | None = None
 
-    def __call__(self, model: Model, folder: Path, threads: int) -> None:
+    def __call__(self, model: Model, folder: Path, threads: int, original: Path | None) -> None:
         self.made += 1
+        self.originals.append(original)
         assert threads == 2
         assert list(folder.iterdir()) == []
         (folder / GRAPH).write_bytes(b"nodes")
@@ -100,6 +102,27 @@ def test_whatever_a_graph_is_made_of_names_it(model, folder, exporter, monkeypat
     assert count() == 5
     monkeypatch.setattr(graphs, "versions", lambda: {"torch": "3"})
     assert count() == 6
+
+
+def test_a_graph_in_int8_is_made_of_the_one_in_float32(model, folder, exporter):
+    coarse = model.model_copy(update={"precision": "int8"})
+    made = Graphs(folder, exporter).take(coarse, threads=2)
+    exact = Graphs(folder, exporter).find(model)
+    assert exact.folder != made.folder
+    assert exporter.originals == [None, exact.folder]
+    assert Graphs(folder, exporter).take(coarse, threads=2) == made
+    assert Graphs(folder, exporter).take(model, threads=2) == exact
+    same = model.model_copy(update={"precision": "float32"})
+    assert Graphs(folder, exporter).find(same) == exact
+    assert exporter.made == 2
+
+
+def test_there_is_no_int8_where_float32_cannot_be_made(model, folder, exporter):
+    exporter.fault = ModelUnavailable("it differs from torch")
+    coarse = model.model_copy(update={"precision": "int8"})
+    with pytest.raises(ModelUnavailable, match="differs"):
+        Graphs(folder, exporter).take(coarse, threads=2)
+    assert exporter.originals == [None]
 
 
 def test_versions_name_every_package_that_has_a_say():
@@ -183,6 +206,13 @@ def test_the_exporter_is_told_what_to_make_and_where(model, tmp_path, program):
     assert words == "serve.embedding.onnx_export 3"
     assert where == str(ROOT)
     assert Model.model_validate_json(asked) == model
+
+
+def test_the_quantizer_is_told_what_to_make_it_of(model, tmp_path, program):
+    program('echo "$2" "$5" "$6" > "$4/said"')
+    run_exporter(model, tmp_path, 3, tmp_path / "float32")
+    said = (tmp_path / "said").read_text().strip()
+    assert said == f"serve.embedding.onnx_quantize 3 {tmp_path / 'float32'}"
 
 
 def test_a_failed_exporter_is_quoted(model, tmp_path, program):

@@ -76,7 +76,7 @@ def test_loads_are_in_the_order_in_which_they_were_wanted() -> None:
 def test_a_model_that_nobody_waits_for_any_more_is_not_loaded() -> None:
     holdings = held(model("a"))
     holdings.enter("a", 0)
-    holdings.forget("a")
+    holdings.forget("a", 0)
     assert holdings.step(0) is None
 
 
@@ -125,6 +125,20 @@ def test_a_hand_out_keeps_a_model_whose_callers_have_left() -> None:
     unload(holdings, "a", 3)
 
 
+def test_a_model_that_is_being_unloaded_takes_no_work_and_comes_back() -> None:
+    holdings = held(model("a"), model("b", unload_after_s=10), memory_bytes_max=150)
+    load(holdings, "a", 0)
+    assert not holdings.enter("b", 1)
+    assert holdings.step(1) == Step("unload", "a")
+    assert not holdings.enter("a", 1)
+    holdings.forget("b", 1)
+    assert not holdings.is_open("a")
+    holdings.unloaded("a")
+    assert holdings.step(2) == Step("load", "a")
+    holdings.loaded("a", 100, 2)
+    assert holdings.enter("a", 2)
+
+
 def test_a_model_in_constant_use_has_to_leave_for_one_that_waits_and_comes_back_in_turn() -> None:
     holdings = held(model("a"), model("b"), memory_bytes_max=150)
     load(holdings, "a", 0)
@@ -148,6 +162,18 @@ def test_a_model_in_constant_use_has_to_leave_for_one_that_waits_and_comes_back_
     assert holdings.step(5) == Step("load", "a")
 
 
+def test_what_is_due_is_done_at_that_very_moment() -> None:
+    """Whoever slept until then is not woken again."""
+    holdings = held(model("a"), model("b"), memory_bytes_max=150, swap_after_s=2)
+    load(holdings, "a", 0)
+    holdings.enter("a", 1)
+    now = 31.052328888281355  # (now + 2) - now is less than 2
+    holdings.enter("b", now)
+    assert holdings.step(now) is None
+    holdings.step(holdings.due(now))
+    assert not holdings.is_open("a")
+
+
 def test_a_drained_model_goes_on_when_nobody_waits_for_its_memory_any_more() -> None:
     holdings = held(model("a"), model("b"), memory_bytes_max=150)
     load(holdings, "a", 0)
@@ -156,9 +182,28 @@ def test_a_drained_model_goes_on_when_nobody_waits_for_its_memory_any_more() -> 
     holdings.step(3)
     assert not holdings.is_open("a")
     holdings.enter("a", 3)
-    holdings.forget("a")  # who leaves is not the one it is drained for
+    holdings.forget("a", 3)  # who leaves is not the one it is drained for
     assert not holdings.is_open("a")
-    holdings.forget("b")
+    holdings.forget("b", 3)
+    assert holdings.is_open("a")
+
+
+def test_a_drained_model_goes_on_though_another_will_be_tried_again_later() -> None:
+    holdings = held(
+        model("p", pinned=True), model("a"), model("b"), memory_bytes_max=250, load_retry_s=60
+    )
+    load(holdings, "a", 0)
+    holdings.broke("p", 1)
+    unload(holdings, "p", 1)
+    assert holdings.step(1) == Step("load", "p")
+    holdings.failed("p", 1)
+    assert holdings.enter("a", 1)
+    holdings.expect("b", 200)
+    holdings.enter("b", 1)
+    holdings.expect("p", 50)
+    assert holdings.step(3) is None
+    assert not holdings.enter("a", 3)
+    holdings.forget("b", 4)  # p is not due before 61
     assert holdings.is_open("a")
 
 
@@ -186,6 +231,19 @@ def test_a_model_that_turns_out_larger_leaves_where_others_are_in_use_and_has_it
     holdings.leave("a", 2)
     unload(holdings, "a", 2)
     assert holdings.step(2) == Step("load", "b")
+
+
+def test_a_model_that_turns_out_larger_is_not_loaded_again_when_its_callers_have_left() -> None:
+    holdings = held(model("a"), model("b"), memory_bytes_max=250)
+    load(holdings, "a", 0)
+    holdings.enter("a", 1)
+    holdings.enter("b", 1)
+    holdings.step(1)
+    holdings.forget("b", 1)
+    holdings.loaded("b", 200, 1)
+    unload(holdings, "b", 1)
+    assert holdings.step(9) is None
+    assert holdings.is_open("a")
 
 
 def test_what_never_fits_is_refused_without_a_load_once_its_size_is_known() -> None:

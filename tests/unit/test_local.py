@@ -44,14 +44,30 @@ def application(status: str, message: str = "") -> SimpleNamespace:
     )
 
 
-def test_it_waits_until_the_service_itself_is_ready(looks, monkeypatch):
-    answers = [False, True]
+@pytest.mark.parametrize(
+    ("answers", "states"),
+    [
+        ([False, True], ["RUNNING"]),  # the second answer is followed by a look at once
+        ([False, *[False] * 25, True], [None, "DEPLOYING", "RUNNING"]),
+        ([True, True, True], ["DEPLOYING", "DEPLOYING", "RUNNING"]),
+    ],
+)
+def test_it_waits_until_the_service_itself_is_ready(answers, states, looks, monkeypatch):
     monkeypatch.setattr(local, "ready", lambda _url: answers.pop(0))
-    looks += [None, application("DEPLOYING"), application("RUNNING")]
+    looks += [state and application(state) for state in states]
     said: list[str] = []
     local.wait_ready(FILE, 100, said.append)
     assert answers == []
-    assert said == ["embedder HEALTHY, ingress UPDATING"] * 2
+    assert set(said) == {"embedder HEALTHY, ingress UPDATING"}
+
+
+def test_a_service_that_starts_is_looked_at_once_a_second(looks, monkeypatch, clock):
+    monkeypatch.setattr(local, "ready", lambda _url: False)
+    looks += [application("DEPLOYING")]
+    said: list[str] = []
+    with pytest.raises(StartFailed):
+        local.wait_ready(FILE, 10, said.append)
+    assert 9 <= len(said) <= 11
 
 
 @pytest.mark.parametrize("status", ["DEPLOY_FAILED", "UNHEALTHY"])

@@ -282,10 +282,33 @@ def test_torch_serves_a_model_that_makes_no_graph_and_the_log_says_why(clock, ca
     assert "torch serves all-MiniLM-L6-v2 instead of ONNX Runtime: it differs" in caplog.text
 
 
+def test_what_was_taken_before_torch_took_a_graphs_place_is_not_the_models(clock) -> None:
+    gauge = Gauge()
+
+    def no_graph_but_imports(_model: Model, _settings: PoolSettings) -> FakeEngine:
+        gauge.live["what it imported"] = 400
+        raise ModelUnavailable("it differs from torch")
+
+    builders = {
+        "onnx": no_graph_but_imports,
+        "sentence_transformers": lambda *_: Heavy(fake("torch", fake_bytes=70), gauge),
+    }
+    settings = PoolSettings(models=(MINILM.model_copy(update={"tokens_max": 64}),))
+    loaded = Pool(settings, clock=clock, builders=builders, held=gauge)
+    loaded.load()
+    assert loaded.profile(MINILM.id).bytes == 70
+
+
 def test_torch_is_not_tried_where_the_settings_forbid_it(clock) -> None:
     engines = {"onnx": no_graph, "sentence_transformers": lambda *_: FakeEngine(fake())}
     with pytest.raises(ModelUnavailable, match="differs"):
         with_onnx(clock, engines, torch_fallback=False).load()
+
+
+def test_torch_never_stands_in_for_int8_whose_vectors_are_others(clock) -> None:
+    engines = {"onnx": no_graph, "sentence_transformers": lambda *_: pytest.fail("built")}
+    with pytest.raises(ModelUnavailable, match="differs"):
+        with_onnx(clock, engines, precision="int8").load()
 
 
 def test_torch_is_not_built_where_there_is_a_graph(clock) -> None:
@@ -362,6 +385,15 @@ def test_a_fake_models_revision_names_its_space() -> None:
     other = fake().model_copy(update={"dimensions": 17})
     assert len({revision(fake("a")), revision(fake("b")), revision(other)}) == 3
     assert revision(fake()) == revision(fake(fake_ms_per_batch=5))
+
+
+def test_int8_is_a_space_of_its_own_and_other_precisions_are_not() -> None:
+    def named(precision: str) -> str:
+        return revision(MINILM.model_copy(update={"precision": precision}))
+
+    every = ("auto", "float32", "float16", "bfloat16")
+    assert {named(precision) for precision in every} == {"53aa51172d14"}
+    assert named("int8") == "5a249cf882a8"  # collections pin it: it may not change by itself
 
 
 # --- guard ----------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 from serve.config import Batch, Settings
 from serve.config import Pool as PoolSettings
 from serve.embedding import profiles
-from serve.embedding.fake import FakeEngine
+from serve.embedding.fake import FakeEngine, Faults
 from serve.embedding.pool import Pool
 from serve.embedding.profiles import Place, Profile, Profiles, cpu_name
 
@@ -64,7 +64,13 @@ def test_it_is_of_one_model_and_engine_however_it_is_called(kept: Profiles) -> N
     kept.keep(MINILM, profile(kept))
     for change in ({"sha256": "0" * 64}, {"engine": "sentence_transformers"}, {"tokens_max": 128}):
         assert kept.find(MINILM.model_copy(update=change)) is None
-    for change in ({"id": "b"}, {"pinned": False}, {"query_prefix": "q"}, {"source": "/elsewhere"}):
+    for change in (
+        {"id": "b"},
+        {"pinned": False},
+        {"query_prefix": "q"},
+        {"source": "/elsewhere"},
+        {"int8_spread": 9},
+    ):
         assert kept.find(MINILM.model_copy(update=change)) is not None
 
 
@@ -129,14 +135,16 @@ class Other(Counted):
     """Stands for torch in a graph's place."""
 
 
+SMALL = MINILM.model_copy(update={"tokens_max": 64})
+ENGINE = SMALL.model_copy(update={"fake_ms_per_batch": 10, "fake_ms_per_token": 0.1})
+
+
 def start(clock, folder: Path, engine=Counted, *, pinned: bool = True) -> Pool:
-    model = MINILM.model_copy(update={"tokens_max": 64, "pinned": pinned})
-    fake = model.model_copy(update={"fake_ms_per_batch": 10, "fake_ms_per_token": 0.1})
-    settings = PoolSettings(
-        models=(model,), profiles=str(folder), batch=Batch(tokens_max=256, items_max=16)
-    )
+    model = SMALL.model_copy(update={"pinned": pinned})
+    batch = Batch(tokens_min=128, tokens_max=256, items_max=16)
+    settings = PoolSettings(models=(model,), profiles=str(folder), batch=batch)
     engine.passes = 0
-    builders = {"onnx": lambda *_: engine(fake, sleep=clock.advance)}
+    builders = {"onnx": lambda *_: engine(ENGINE, sleep=clock.advance)}
     pool = Pool(settings, clock=clock, builders=builders)
     pool.load()
     return pool
@@ -163,3 +171,16 @@ def test_a_profile_of_another_engine_is_measured_anew(clock, tmp_path: Path) -> 
     assert Other.passes == 12
     start(clock, tmp_path, Other)
     assert Other.passes == 2
+
+
+def test_a_budget_for_which_memory_was_short_once_is_tried_again_at_the_next_load(
+    clock, tmp_path: Path
+) -> None:
+    pool = start(clock, tmp_path)
+    assert pool.profile(MINILM.id).budget_tokens == 256
+    for faults, budget in ((Faults(oom_above_tokens=200), 128), (Faults(), 256)):
+        pool.unload(MINILM.id)
+        engine = Counted(ENGINE, sleep=clock.advance, faults=faults)
+        pool._builders = {"onnx": lambda *_, engine=engine: engine}
+        assert pool.load_one(MINILM.id).budget_tokens == budget
+        assert pool.profile(MINILM.id).budget_tokens == budget

@@ -25,6 +25,17 @@ def test_padding_goes_to_the_side_the_model_was_trained_with(left, ids, mask):
     assert {part.dtype for part in found} == {np.dtype(np.int64)}
 
 
+def test_without_padding_every_token_knows_its_input_and_its_place():
+    flat = Rows(MODEL, vocab_size=200, pad_id=9, pad_left=False).flat([*BATCH, *BATCH])
+    assert flat.ids.tolist() == [[101, 7, 102, 5, 101, 7, 102, 5]]
+    assert flat.positions.tolist() == [[0, 1, 2, 0, 0, 1, 2, 0]]
+    assert flat.members.tolist() == [[0, 0, 0, 1, 2, 2, 2, 3]]
+    assert flat.starts.tolist() == [0, 3, 4, 7, 8]
+    assert flat.longest == 3
+    kinds = [part.dtype for part in (flat.ids, flat.positions, flat.members, flat.starts)]
+    assert kinds == [np.int64, np.int64, np.int32, np.int32]
+
+
 @pytest.mark.parametrize(
     ("one", "message"),
     [
@@ -36,5 +47,7 @@ def test_padding_goes_to_the_side_the_model_was_trained_with(left, ids, mask):
     ],
 )
 def test_what_a_model_cannot_read_is_refused(one, message):
-    with pytest.raises(BadInput, match=message):
-        Rows(MODEL, vocab_size=200, pad_id=0, pad_left=False).padded([*BATCH, one])
+    rows = Rows(MODEL, vocab_size=200, pad_id=0, pad_left=False)
+    for read in (rows.padded, rows.flat):
+        with pytest.raises(BadInput, match=message):
+            read([*BATCH, one])
