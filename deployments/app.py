@@ -72,7 +72,8 @@ def _embedder(embedder: type, pool: Pool, settings: Settings) -> Application:
         max_ongoing_requests=pool.calls_max,
         health_check_period_s=2,
         health_check_timeout_s=30,
-        graceful_shutdown_timeout_s=settings.actors.drain_s,
+        # Twice: Serve first waits for the handles' calls, then the conduits' have `drain_s` to end.
+        graceful_shutdown_timeout_s=2 * settings.actors.drain_s,
         ray_actor_options={"num_cpus": pool.cpus, "num_gpus": pool.gpus},
     )
     return deployed(embedder).bind(pool, settings)
