@@ -347,10 +347,10 @@ async def test_what_is_tokenised_counts_as_under_way(start, monkeypatch):
     def held(self, texts):
         begun.set()
         assert go_on.wait(20)
-        return encode(self, texts)
+        return encode(self, ["short"])
 
     monkeypatch.setattr(tokenizer, "encode", held)
-    first = asyncio.create_task(embed(client))
+    first = asyncio.create_task(embed(client, "long " * 101))  # what is short waits for nobody
     try:
         await until(begun.is_set)
         assert refusal(await embed(client)) == "tenant_concurrent_requests"

@@ -4,7 +4,19 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from bench import crowd, engine, fairness, handout, http, servers, simulated, start, texts
+from bench import (
+    crowd,
+    engine,
+    engine_loads,
+    fairness,
+    handout,
+    http,
+    servers,
+    simulated,
+    start,
+    texts,
+)
+from bench.arithmetic import Shape
 from bench.formula import FormulaQueue
 from bench.load import LOADS, Failed, Load, Sample, Target
 from bench.report import finish, jain, percentile, ratios, rounded, spread, table
@@ -271,7 +283,12 @@ def test_an_engine_is_told_by_plain_encode_of_the_same_round():
         for wall_s in (1.0, 4.0):
             results.of(threads, "short", "encode").add(100, wall_s, wall_s)
             results.of(threads, "short", "onnx_planned").add(100, wall_s / 2 / pace, wall_s / 2)
-    found = engine.summary(results, "onnx_planned")
+    results.limits = {1: 1e12, 2: 2e12}
+    load = engine_loads.Load("short", ["a"] * 100, [], [10] * 100, [list(range(100))])
+    shape = Shape(layers=1, hidden=10, intermediate=40)
+    found = engine.summary(results, "onnx_planned", [load], shape)
+    assert found["tokens_s"]["short"] == 1875
+    assert found["of_limit"]["short"] == pytest.approx(1.875 * shape.operations([10] * 100) / 2e12)
     assert found["texts_s"]["short"] == {"median": 187.5, "min": 75, "max": 300}
     assert found["ratio_vs_encode"]["short"] == {"median": 3, "min": 3, "max": 3}
     one = found["threads"]["1"]["short"]["onnx_planned"]
@@ -286,7 +303,8 @@ def test_an_engine_is_told_by_plain_encode_of_the_same_round():
 
 
 def test_padding_is_told_by_the_batches_that_hold_it():
-    load = engine.Load("x", ["a b c d", "a", "a b c d", "a"] * 16, [], [4, 1, 4, 1] * 16)
+    texts, tokens = ["a b c d", "a", "a b c d", "a"] * 16, [4, 1, 4, 1] * 16
+    load = engine_loads.Load("x", texts, [], tokens, [list(range(64))])
     assert load.waste(load.arrival()) == pytest.approx(1 - 2.5 / 4)
     assert load.waste(load.by_length()) == 0
     planned = load.planned(Pace(0.0, 1.0), Batch(tokens_max=64, items_max=8))
