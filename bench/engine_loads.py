@@ -25,11 +25,11 @@ def longest(count: int) -> list[str]:
 
 
 LOADS: Mapping[str, tuple[Callable[[int], list[str]], int]] = {
-    "short": (texts.shorts, 256),
-    "passages": (texts.passages, 64),
+    "short": (texts.shorts, 128),
+    "passages": (texts.passages, 32),
     "mixed": (texts.mixed, 128),
     "requests": (texts.mixed, 128),
-    "longest": (longest, 32),
+    "longest": (longest, 16),
 }
 
 

@@ -58,19 +58,22 @@ def model_in(folder: Path, encode: Encode, engine: str) -> config.Model:
 
 
 def on_cpu(model: config.Model, graphs: Path, threads: int) -> Iterator[tuple[str, Engine]]:
-    """By name, with so many threads; torch has one number for the whole process."""
+    """By name, with so many threads; torch has one number for the whole process.
+
+    The service's own comes first, next to `encode` in time: a busy machine changes its mood in seconds.
+    """
     from serve.embedding.onnx import OnnxEngine  # noqa: PLC0415  they set nothing of the process
     from serve.embedding.sentence_transformers import (  # noqa: PLC0415  10 s
         SentenceTransformersEngine,
     )
 
     folder = model_folder(model)
-    plain = _in(model, "sentence_transformers", "float32")
-    yield "torch", SentenceTransformersEngine(plain, folder, device="cpu", threads=threads)
     for name, precision in (("onnx", "float32"), ("onnx_int8", "int8")):
         one = _in(model, "onnx", precision)
         graph = Graphs(graphs).take(one, threads=threads)
         yield name, OnnxEngine(one, graph, threads=threads)
+    plain = _in(model, "sentence_transformers", "float32")
+    yield "torch", SentenceTransformersEngine(plain, folder, device="cpu", threads=threads)
 
 
 def on_gpu(model: config.Model) -> Iterator[tuple[str, Engine]]:
