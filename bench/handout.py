@@ -132,9 +132,11 @@ def of_the_file() -> config.Pool:
     return settings
 
 
-async def measure(*, rounds: int, seconds: float) -> dict[float, Sample]:
+async def measure(
+    targets_ms: Sequence[float], *, rounds: int, seconds: float
+) -> dict[float, Sample]:
     """Every target in every round."""
-    samples = {target: Sample() for target in TARGETS_MS}
+    samples = {target: Sample() for target in targets_ms}
     with ThreadPoolExecutor(1, "model") as executor:
         bench = Bench(of_the_file(), executor)
         await asyncio.get_running_loop().run_in_executor(executor, bench.load)
@@ -197,11 +199,14 @@ def shown(result: Mapping[str, Any]) -> str:
 def main(words: Sequence[str] | None = None) -> None:
     """Measure, show, and end with one line of JSON."""
     parser = arguments(__doc__)
+    parser.add_argument(
+        "--targets", type=float, nargs="+", default=TARGETS_MS, metavar="MS", help="to compare"
+    )
     parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=2, help="of a target, in a round")
     options = parser.parse_args(words)
     rounds, seconds = (1, 1.5) if options.smoke else (options.rounds, options.seconds)
-    result = summary(asyncio.run(measure(rounds=rounds, seconds=seconds)))
+    result = summary(asyncio.run(measure(options.targets, rounds=rounds, seconds=seconds)))
     print(shown(result))
     head = {"smoke": options.smoke, "rounds": rounds, "seconds": seconds}
     out: Path | None = options.out
