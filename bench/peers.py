@@ -58,7 +58,7 @@ def recipe(name: str, options: argparse.Namespace) -> Iterator[Recipe]:
     if name == "headrace":
         made = servers.headrace_recipe(options.profile)
     elif name == "handles":
-        made = servers.headrace_recipe(options.profile, servers.without_conduits)
+        made = servers.headrace_recipe(options.profile, servers.without_conduits, name)
     elif name == "plain":
         made = servers.plain_recipe(name)
     elif name == "ceiling":

@@ -135,13 +135,15 @@ def ceiling_recipe(name: str, *, fake: bool = False) -> Iterator[Recipe]:
 
 
 @contextmanager
-def headrace_recipe(profile: str, change: Change = as_they_are) -> Iterator[Recipe]:
+def headrace_recipe(
+    profile: str, change: Change = as_they_are, name: str = "headrace"
+) -> Iterator[Recipe]:
     """The service as `headrace serve` starts it, with Ray's files in a folder of its own."""
     with _site(change) as site:
         program = Path(sys.executable).with_name("headrace")
         words = [str(program), "serve", "--config", str(site.config), "--no-demo-keys"]
         words += ["--data-dir", str(site.folder), "--profile", profile]
-        yield _recipe("headrace", site, [*words, "--ray-temp-dir", str(site.folder / "ray")])
+        yield _recipe(name, site, [*words, "--ray-temp-dir", str(site.folder / "ray")])
 
 
 def _recipe(name: str, site: Site, words: Sequence[str]) -> Recipe:
