@@ -53,7 +53,7 @@ class OnnxEngine:
         """See `ports.Engine.forward`. Raises BadInput for what the model cannot read.
 
         A few inputs have all threads for each operation. Of more, each thread takes a part through
-        the whole graph: threads that need not meet at every operation take a quarter to a third less
+        the whole graph: threads that need not meet at every operation take a fifth to a quarter less
         for 16 or 32 short texts, and as long for passages.
         """
         vectors = np.zeros((len(batch), self.dimensions), np.float32)
