@@ -13,6 +13,7 @@ from ray.serve import get_replica_context, ingress
 from ray.serve.handle import DeploymentHandle
 
 from deployments.handles import LedgerPort, UpserterPort, embedder_ports
+from deployments.indexes import make_index
 from deployments.metrics import publish
 from deployments.quotas import open_quotas
 from deployments.stores import close_store, open_store
@@ -37,7 +38,7 @@ from serve.flows.search import SearchFlow
 from serve.flows.streams import Streams
 from serve.flows.usage import UsageFlow
 from serve.flows.webhooks import WebhookFlow
-from serve.index.lancedb import LanceIndex
+from serve.ports import Index
 
 
 READY_TIMEOUT_S = 2.0
@@ -75,7 +76,7 @@ class Ingress:
         replica = get_replica_context().replica_tag
         self._quotas = open_quotas(settings, self._store, replica, settings.ingress.replicas)
         self._feed = Feed(self._store, time.monotonic)
-        index = LanceIndex(str(Path(settings.data_dir) / settings.index.uri), settings.index)
+        index = make_index(settings)
         self.service = self._wire(settings, index)
         self._tasks = [
             asyncio.create_task(self._quotas.run()),
@@ -85,7 +86,7 @@ class Ingress:
             asyncio.create_task(self._warm(index)),
         ]
 
-    def _wire(self, settings: Settings, index: LanceIndex) -> Service:
+    def _wire(self, settings: Settings, index: Index) -> Service:
         context = Context(
             settings,
             Models.open(settings, self._embedders),
@@ -117,7 +118,7 @@ class Ingress:
             self.ready,
         )
 
-    async def _warm(self, index: LanceIndex) -> None:
+    async def _warm(self, index: Index) -> None:
         """Load what only searches need once all else is ready, or the first of them would wait."""
         while not all((await self.ready()).values()):  # noqa: ASYNC110  nobody tells it
             await asyncio.sleep(READY_CACHE_S)

@@ -5,7 +5,6 @@ import random
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 
 import ray
 
@@ -18,11 +17,12 @@ from deployments.actors import (
     starting,
     watch,
 )
+from deployments.indexes import make_index
 from deployments.stores import Store, close_store, open_store
 from serve.config import Settings
 from serve.errors import IndexUnavailable, Overloaded, StoreUnavailable
-from serve.index.lancedb import LanceIndex
 from serve.index.writer import Writer
+from serve.ports import Index
 from serve.records import CollectionSpec, Outcome, Write
 
 
@@ -40,7 +40,7 @@ class UpserterActor:
         self._leaving = False
         async with starting(UPSERTER, settings):
             store = self._store = await asyncio.to_thread(open_store, settings)
-            index = LanceIndex(str(Path(settings.data_dir) / settings.index.uri), settings.index)
+            index = make_index(settings)
             epoch, _ = await asyncio.gather(_take_epoch(store, deploy_seq, settings), _open(index))
             for gone in await store.deleted_collections():
                 await index.drop(gone.uuid)
@@ -98,7 +98,7 @@ class UpserterActor:
             leave()
 
 
-async def _open(index: LanceIndex) -> None:
+async def _open(index: Index) -> None:
     """Load what the index needs, beside the wait for the Store."""
     with suppress(IndexUnavailable):  # it may come back: until then whoever writes is told so
         await index.open()

@@ -2,7 +2,7 @@
 them; `deployments/handles.py` implements those that stand behind a Ray handle or actor.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -119,9 +119,24 @@ class VectorIndex(Protocol):
         """The records that exist among `ids`, in no order."""
         ...
 
+    def scan(self, ns: str, where: Filter | None = None) -> AsyncIterator[Sequence[Record]]:
+        """All records that satisfy `where`, in parts of bounded size and in no order.
+
+        What is written or removed meanwhile may or may not be seen; the rest is seen exactly once.
+        """
+        ...
+
+    async def reached(self, ns: str, token: str) -> bool | None:
+        """Whether searches see the write that returned this token; None: the backend did not say."""
+        ...
+
 
 class IndexAdmin(Protocol):
     """The other callers' side of the same object."""
+
+    async def open(self) -> None:
+        """Import and connect now instead of on first use. Raises IndexUnavailable, ImportError."""
+        ...
 
     async def ensure(self, spec: CollectionSpec) -> None:
         """Make the namespace; a no-op when it exists."""

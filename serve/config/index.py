@@ -1,6 +1,6 @@
 """Settings of landing: the index, and the buffer in front of it."""
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,7 @@ from serve.section import Section
 class Index(Section):
     """Where vectors land."""
 
+    backend: Literal["lancedb"] = Field("lancedb", description="What keeps the vectors.")
     uri: str = Field("index", min_length=1, description="Folder of the index, under `data_dir`.")
     compact_commits: int = Field(
         64, ge=2, le=10_000, description="Compact a table after this many commits."

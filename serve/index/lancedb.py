@@ -31,7 +31,7 @@ from serve.config import Index as IndexSettings
 from serve.errors import BadInput, IndexUnavailable
 from serve.index.checks import RECORD_ID, check_namespace, check_query, newest, refuse
 from serve.index.errors import IndexOffline, IndexRetryable, RecordsRejected
-from serve.index.rows import COLUMNS, from_arrow, schema_of, to_arrow
+from serve.index.rows import COLUMNS, from_arrow, from_batch, schema_of, to_arrow
 from serve.index.terms import to_sql
 from serve.ports import Capabilities, IndexStats, Landed
 from serve.records import CollectionSpec, Filter, Hit, Record, Tombstone, Vector
@@ -48,6 +48,9 @@ IDS_PER_STATEMENT = 1000
 """Ids of one `IN` or one `DELETE`; 1,000 generations in one `DELETE` took 0.15 s, 4,000 1.2 s."""
 
 TOP_K_MAX = 10_000
+SCAN_ROWS = 500
+"""Records of one part of a scan: 1.5 MB of vectors of 768."""
+
 RETRY_AFTER_S = 1.0
 NEWER = "target.generation <= source.generation"
 MISSING = ("Not found", "was not found")
@@ -160,6 +163,29 @@ class LanceIndex:
             return records
 
         return await self._read(ns, ask, ())
+
+    async def scan(
+        self, ns: str, where: Filter | None = None
+    ) -> AsyncIterator[Sequence[Record]]:
+        """Of one version of the table, as it was when the scan began. Raises IndexUnavailable.
+
+        A scan that takes longer than old versions are kept (`keep_versions_s`) may fail.
+        """
+        check_namespace(ns)
+        async with _reading():
+            opened = await self._open(ns)
+            if opened is None:
+                return
+            query = opened.table.query().select(list(COLUMNS))
+            if where is not None:
+                query = query.where(to_sql(where))
+            async for part in await query.to_batches(max_batch_length=SCAN_ROWS):
+                yield from_batch(part)
+
+    async def reached(self, ns: str, token: str) -> bool | None:
+        """A write that returned is seen."""
+        check_namespace(ns)
+        return True
 
     async def ensure(self, spec: CollectionSpec) -> None:
         """Make the table. Raises BadInput when it has too many dimensions."""

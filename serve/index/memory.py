@@ -5,7 +5,7 @@ A namespace that does not exist reads as empty, as in every backend: whether a c
 is the Store's answer.
 """
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 
 import numpy as np
 
@@ -31,6 +31,9 @@ class MemoryIndex:
             single_writer=False,
         )
         self._spaces: dict[str, _Space] = {}
+
+    async def open(self) -> None:
+        """Nothing to connect to."""
 
     async def upsert(self, ns: str, records: Sequence[Record]) -> Landed:
         """Insert or replace by id. Raises IndexRetryable when the namespace is missing."""
@@ -78,6 +81,20 @@ class MemoryIndex:
         space = self._spaces.get(ns)
         held = space.records if space is not None else {}
         return [held[record_id] for record_id in dict.fromkeys(ids) if record_id in held]
+
+    async def scan(
+        self, ns: str, where: Filter | None = None
+    ) -> AsyncIterator[Sequence[Record]]:
+        """All at once, as they are now: it holds them anyway."""
+        check_namespace(ns)
+        space = self._spaces.get(ns)
+        held = list(space.records.values()) if space is not None else []
+        yield [record for record in held if matches(where, record.metadata)]
+
+    async def reached(self, ns: str, token: str) -> bool | None:
+        """A write that returned is seen."""
+        check_namespace(ns)
+        return True
 
     async def ensure(self, spec: CollectionSpec) -> None:
         """Make the namespace. Raises BadInput when it has too many dimensions."""

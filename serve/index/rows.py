@@ -60,6 +60,13 @@ def to_arrow(records: Sequence[Record], dimensions: int) -> "pa.Table":
     return pa.table(columns, schema=schema_of(dimensions))
 
 
+def from_batch(part: "pa.RecordBatch") -> list[Record]:
+    """The records of a part of a result, in its order."""
+    import pyarrow as pa  # noqa: PLC0415
+
+    return from_arrow(pa.Table.from_batches([part]))
+
+
 def from_arrow(found: "pa.Table") -> list[Record]:
     """The records of a result, in its order."""
     if not found.num_rows:

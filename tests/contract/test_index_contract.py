@@ -361,3 +361,22 @@ async def test_concurrent_calls(index):
             tasks.create_task(land(NS, part))
             tasks.create_task(land(OTHER, part))
     assert [(await index.stats(ns)).records for ns in (NS, OTHER)] == [60, 60]
+
+
+async def test_a_scan_gives_each_record_once_that_satisfies_the_filter(index: Index) -> None:
+    some = records(1200)
+    await index.upsert(NS, some)
+    found = [record async for part in index.scan(NS) for record in part]
+    assert sorted(record.id for record in found) == sorted(record.id for record in some)
+    by_id = {record.id: record for record in found}
+    assert np.allclose(by_id[some[7].id].vector, some[7].vector, atol=1e-6)
+    assert by_id[some[7].id].metadata == {"number": 7}
+    low = parse({"number": {"$lt": 3}}, terms_max=4)
+    few = [record.id async for part in index.scan(NS, low) for record in part]
+    assert sorted(few) == [record.id for record in some[:3]]
+    assert [part async for part in index.scan(OTHER)] in ([], [[]])
+
+
+async def test_a_write_that_returned_is_reached_or_unknown(index: Index) -> None:
+    landed = await index.upsert(NS, records(1))
+    assert await index.reached(NS, landed.token or "") in (True, None)

@@ -329,8 +329,8 @@ GONE = Collection("c1", "ann", "notes", "m", "r", 8, 0.0)
     [
         ({"open_store": no_database}, "no database"),
         ({"open_store": lambda _: Fence(Internal("no epoch"))}, "no epoch"),
-        ({"LanceIndex": Offline}, "no drop"),
-        ({"LanceIndex": lambda *_: SimpleNamespace(drop=unwatched, open=unwatched)}, "no purge"),
+        ({"make_index": Offline}, "no drop"),
+        ({"make_index": lambda *_: SimpleNamespace(drop=unwatched, open=unwatched)}, "no purge"),
     ],
 )
 async def test_an_upserter_that_cannot_start_again_is_restarted_once_more(
