@@ -126,7 +126,7 @@ class VectorIndex(Protocol):
         """
         ...
 
-    async def reached(self, ns: str, token: str) -> bool | None:
+    async def reached(self, ns: str, token: str, /) -> bool | None:
         """Whether searches see the write that returned this token; None: the backend did not say."""
         ...
 

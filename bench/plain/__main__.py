@@ -26,8 +26,8 @@ import uvloop
 from deployments.places import DeployFile
 from serve.config import Model, Pool
 from serve.embedding.fake import FakeEngine
+from serve.embedding.graph_engine import IDS, MASK, VECTORS
 from serve.embedding.graphs import Graphs
-from serve.embedding.onnx import IDS, MASK, VECTORS
 from serve.embedding.packing import pack
 from serve.embedding.rows import Rows
 from serve.embedding.tokenizer import Tokenizer

@@ -4,86 +4,52 @@ One short text takes a third of torch's time, and a replica that runs a graph im
 which is 10 s of its start and 400 MB.
 """
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import onnxruntime
+from numpy.typing import NDArray
 
 from serve.config import Model
+from serve.embedding.graph_engine import IDS, MASK, VECTORS, GraphEngine, Run
 from serve.embedding.graphs import Graph
-from serve.embedding.packing import shares
-from serve.embedding.rows import Rows
 from serve.errors import ModelUnavailable
-from serve.records import Input, InputKind, Vector
+from serve.records import Vector
 
-
-IDS, MASK, VECTORS = "input_ids", "attention_mask", "vectors"
-"""Names inside a graph: ids and mask in, float32 rows of unit length out."""
 
 PART_ROWS_MIN = 2
-"""Inputs that a thread takes by itself, at least."""
+"""Inputs that a thread takes by itself, at least: all threads for each operation are quicker for fewer."""
 
 ERRORS_ONLY = 3
 """ONNX Runtime's level of logging."""
 
 
-class OnnxEngine:
-    """Implements `ports.Engine` over a checked graph: the model's own vectors (cosine > 0.9999)."""
-
-    accepts: frozenset[InputKind] = frozenset({"ids"})
+class OnnxEngine(GraphEngine):
+    """Over a checked graph: the model's own vectors (cosine > 0.9999)."""
 
     def __init__(self, model: Model, graph: Graph, *, threads: int) -> None:
         """Raises ModelUnavailable when the graph cannot be loaded."""
-        self.dimensions = model.dimensions
-        self._rows = Rows(
-            model, vocab_size=graph.vocab_size, pad_id=graph.pad_id, pad_left=graph.pad_left
-        )
-        self._threads = threads
-        self._parts = ThreadPoolExecutor(threads, "graph")
         try:
-            self._wide = _session(graph, threads)
-            self._narrow = self._wide if threads == 1 else _session(graph, 1)
+            wide = _run(graph, threads)
+            narrow = wide if threads == 1 else _run(graph, 1)
         except Exception as error:  # the C++ library raises nothing narrower
             raise ModelUnavailable(f"Model {model.id}: its graph cannot be loaded: {error}") from (
                 error
             )
+        super().__init__(
+            model, graph, wide=wide, narrow=narrow, threads=threads, part_rows_min=PART_ROWS_MIN
+        )
 
-    def forward(self, batch: Sequence[Input]) -> Vector:
-        """See `ports.Engine.forward`. Raises BadInput for what the model cannot read.
 
-        A few inputs have all threads for each operation. Of more, each thread takes a part through
-        the whole graph: threads that need not meet at every operation take a fifth to a quarter less
-        for 16 or 32 short texts, and as long for passages.
-        """
-        vectors = np.zeros((len(batch), self.dimensions), np.float32)
-        if len(batch) < PART_ROWS_MIN * self._threads or self._threads == 1:
-            return self._run(self._wide, batch) if batch else vectors
-        parts = shares([len(one.ids) if one.ids is not None else 0 for one in batch], self._threads)
-        rows = [[batch[at] for at in part] for part in parts]
-        for part, found in zip(parts, self._parts.map(self._run_narrow, rows), strict=True):
-            vectors[part] = found
-        return vectors
+def _run(graph: Graph, threads: int) -> Run:
+    session = onnxruntime.InferenceSession(
+        graph.path, _options(threads), providers=["CPUExecutionProvider"]
+    )
 
-    def close(self) -> None:
-        """Drop the weights."""
-        self._parts.shutdown()
-        del self._wide, self._narrow
-
-    def _run_narrow(self, batch: Sequence[Input]) -> Vector:
-        return self._run(self._narrow, batch)
-
-    def _run(self, session: onnxruntime.InferenceSession, batch: Sequence[Input]) -> Vector:
-        ids, mask = self._rows.padded(batch)
+    def run(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> Vector:
         vectors: Vector
         [vectors] = session.run([VECTORS], {IDS: ids, MASK: mask})
         return vectors
 
-
-def _session(graph: Graph, threads: int) -> onnxruntime.InferenceSession:
-    return onnxruntime.InferenceSession(
-        graph.path, _options(threads), providers=["CPUExecutionProvider"]
-    )
+    return run
 
 
 def _options(threads: int) -> onnxruntime.SessionOptions:

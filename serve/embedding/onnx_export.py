@@ -14,9 +14,10 @@ import torch
 
 from serve.config import Model
 from serve.embedding.files import model_folder
+from serve.embedding.graph_engine import IDS, MASK, VECTORS
 from serve.embedding.graphs import GRAPH, Graph, checksums, leave_with_parent, versions
 from serve.embedding.likeness import checks, cosine_min
-from serve.embedding.onnx import IDS, MASK, VECTORS, OnnxEngine
+from serve.embedding.onnx import OnnxEngine
 from serve.embedding.sentence_transformers import Composed, SentenceTransformersEngine
 from serve.errors import ModelUnavailable, ServiceError
 

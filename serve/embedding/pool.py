@@ -1,14 +1,11 @@
 """The engines of one embedder replica: checked, loaded, warmed up, measured, closed.
 
-Engines are chosen by `Model.engine` from one table; torch and sentence-transformers are imported
-only when a model needs them, since that takes about 10 s. Which models are loaded when is decided
-by `holdings`; what their warm-up finds is kept by `profiles`.
+`engines` makes them. Which models are loaded when is decided by `holdings`; what their warm-up finds
+is kept by `profiles`.
 """
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +14,13 @@ from serve.config import Model
 from serve.config import Pool as PoolSettings
 from serve.embedding import memory
 from serve.embedding.budget import choose
-from serve.embedding.fake import FakeEngine
-from serve.embedding.files import model_folder, verify, weights_bytes
-from serve.embedding.graphs import Graphs
+from serve.embedding.cpu import cpu_name
+from serve.embedding.engines import BUILDERS, Builder, import_runtime, threads_of
+from serve.embedding.files import verify, weights_bytes
 from serve.embedding.guard import checked, out_of_memory
 from serve.embedding.holdings import Holdings
 from serve.embedding.packing import Pace
-from serve.embedding.profiles import Place, Profile, Profiles, cpu_name
+from serve.embedding.profiles import Place, Profile, Profiles
 from serve.errors import ModelUnavailable, NotFound
 from serve.ports import Engine
 from serve.records import Input
@@ -31,60 +28,11 @@ from serve.records import Input
 
 log = logging.getLogger("headrace.pool")
 
-Builder = Callable[[Model, PoolSettings], Engine]
-
 SHORT_TOKENS = 3
 """One word between two special tokens."""
 
 PROBE_S_MAX = 0.7
 """Of a first start, for what it does not need: sizes in between, and third passes against noise."""
-
-
-def _fake(model: Model, _: PoolSettings) -> Engine:
-    return FakeEngine(model)
-
-
-def _sentence_transformers(model: Model, settings: PoolSettings) -> Engine:
-    from serve.embedding.sentence_transformers import (  # noqa: PLC0415  10 s to import
-        SentenceTransformersEngine,
-    )
-
-    return SentenceTransformersEngine(
-        model,
-        model_folder(model),
-        device="cuda" if settings.gpus > 0 else "cpu",
-        threads=_threads(settings),
-    )
-
-
-def _onnx(model: Model, settings: PoolSettings) -> Engine:
-    try:
-        from serve.embedding.onnx import OnnxEngine  # noqa: PLC0415  headrace[onnx]
-    except ImportError as error:
-        raise ModelUnavailable(
-            f"Model {model.id}: {error.name} is not installed; it comes with headrace[onnx]."
-        ) from error
-    graph = Graphs(Path(settings.graphs)).take(model, threads=_threads(settings))
-    return OnnxEngine(model, graph, threads=_threads(settings))
-
-
-def _threads(settings: PoolSettings) -> int:
-    return max(1, int(settings.cpus))
-
-
-BUILDERS: Mapping[str, Builder] = {
-    "fake": _fake,
-    "onnx": _onnx,
-    "sentence_transformers": _sentence_transformers,
-}
-
-RUNTIMES: Mapping[Builder, str] = {
-    _onnx: "serve.embedding.onnx",
-    _sentence_transformers: "serve.embedding.sentence_transformers",
-}
-"""What a builder imports. It stays when models leave, so it has to be in memory before one is measured:
-400 MB with torch.
-"""
 
 
 class Pool:
@@ -200,7 +148,7 @@ class Pool:
             if self._settings.gpus < 1:
                 bound = cuda.reserve(self._settings.gpus)
                 self.holdings.bytes_max = min(bound, self.holdings.bytes_max or bound)
-        place = Place(device, _threads(self._settings), self._settings.batch)
+        place = Place(device, threads_of(self._settings), self._settings.batch)
         self._profiles = Profiles(Path(self._settings.profiles), place)
 
     def _on_cuda(self) -> bool:
@@ -230,7 +178,7 @@ class Pool:
 
     def _made_by(self, word: str, model: Model) -> tuple[Engine, int]:
         builder = self._builders[word]
-        _import_runtime(builder)
+        import_runtime(builder, model)
         before = self._held()
         return builder(model, self._settings), before
 
@@ -345,12 +293,6 @@ class Pool:
         began = self._clock()
         _forward(model, engine, shape)
         return self._clock() - began
-
-
-def _import_runtime(builder: Builder) -> None:
-    if builder in RUNTIMES:
-        with suppress(ImportError):  # the builder says what is missing
-            import_module(RUNTIMES[builder])
 
 
 def _shape(model: Model, settings: PoolSettings, tokens: int) -> tuple[int, int]:

@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import logging
 import os
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,9 @@ from serve.section import Section
 
 log = logging.getLogger("headrace.profiles")
 
-CPUINFO = Path("/proc/cpuinfo")
+PACKAGES = ("headrace", "openvino")
+"""What a profile depends on beside what graphs do."""
+
 NAME_CHARS = 12
 
 NO_MATTER = frozenset(
@@ -71,7 +72,7 @@ class Place:
             "device": self.device,
             "threads": self.threads,
             "batch": [self.batch.tokens_min, self.batch.tokens_max, self.batch.items_max],
-            "versions": versions() | {"headrace": _own_version()},
+            "versions": versions() | {name: _version(name) for name in PACKAGES},
         }
 
 
@@ -118,18 +119,8 @@ class Profiles:
         return self._folder / f"{model.sha256[:NAME_CHARS]}-{digest[:NAME_CHARS]}.json"
 
 
-def cpu_name() -> str:
-    """The processor's, as far as the system tells."""
+def _version(package: str) -> str:
     try:
-        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    found = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(found, "") or platform.machine()
-
-
-def _own_version() -> str:
-    try:
-        return importlib.metadata.version("headrace")
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "absent"

@@ -164,9 +164,7 @@ class LanceIndex:
 
         return await self._read(ns, ask, ())
 
-    async def scan(
-        self, ns: str, where: Filter | None = None
-    ) -> AsyncIterator[Sequence[Record]]:
+    async def scan(self, ns: str, where: Filter | None = None) -> AsyncIterator[Sequence[Record]]:
         """Of one version of the table, as it was when the scan began. Raises IndexUnavailable.
 
         A scan that takes longer than old versions are kept (`keep_versions_s`) may fail.
@@ -182,7 +180,7 @@ class LanceIndex:
             async for part in await query.to_batches(max_batch_length=SCAN_ROWS):
                 yield from_batch(part)
 
-    async def reached(self, ns: str, token: str) -> bool | None:
+    async def reached(self, ns: str, _token: str, /) -> bool | None:
         """A write that returned is seen."""
         check_namespace(ns)
         return True

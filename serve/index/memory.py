@@ -82,16 +82,14 @@ class MemoryIndex:
         held = space.records if space is not None else {}
         return [held[record_id] for record_id in dict.fromkeys(ids) if record_id in held]
 
-    async def scan(
-        self, ns: str, where: Filter | None = None
-    ) -> AsyncIterator[Sequence[Record]]:
+    async def scan(self, ns: str, where: Filter | None = None) -> AsyncIterator[Sequence[Record]]:
         """All at once, as they are now: it holds them anyway."""
         check_namespace(ns)
         space = self._spaces.get(ns)
         held = list(space.records.values()) if space is not None else []
         yield [record for record in held if matches(where, record.metadata)]
 
-    async def reached(self, ns: str, token: str) -> bool | None:
+    async def reached(self, ns: str, _token: str, /) -> bool | None:
         """A write that returned is seen."""
         check_namespace(ns)
         return True

@@ -10,10 +10,11 @@ import pytest
 from serve.config import Batch, Model, Settings
 from serve.config import Pool as PoolSettings
 from serve.embedding import memory
+from serve.embedding.engines import BUILDERS
 from serve.embedding.fake import FakeEngine, Faults
 from serve.embedding.files import WEIGHTS, model_folder, revision, verify
 from serve.embedding.guard import checked
-from serve.embedding.pool import BUILDERS, Pool
+from serve.embedding.pool import Pool
 from serve.errors import BadInput, Internal, ModelUnavailable, NotFound
 from serve.records import Input, Vector
 
@@ -305,10 +306,11 @@ def test_torch_is_not_tried_where_the_settings_forbid_it(clock) -> None:
         with_onnx(clock, engines, torch_fallback=False).load()
 
 
-def test_torch_never_stands_in_for_int8_whose_vectors_are_others(clock) -> None:
+@pytest.mark.parametrize("precision", ["int8", "bfloat16"])
+def test_torch_never_stands_in_for_other_vectors_or_where_it_is_slow(clock, precision) -> None:
     engines = {"onnx": no_graph, "sentence_transformers": lambda *_: pytest.fail("built")}
     with pytest.raises(ModelUnavailable, match="differs"):
-        with_onnx(clock, engines, precision="int8").load()
+        with_onnx(clock, engines, precision=precision).load()
 
 
 def test_torch_is_not_built_where_there_is_a_graph(clock) -> None:

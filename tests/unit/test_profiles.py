@@ -7,10 +7,11 @@ import pytest
 
 from serve.config import Batch, Settings
 from serve.config import Pool as PoolSettings
-from serve.embedding import profiles
+from serve.embedding import cpu, profiles
+from serve.embedding.cpu import cpu_name
 from serve.embedding.fake import FakeEngine, Faults
 from serve.embedding.pool import Pool
-from serve.embedding.profiles import Place, Profile, Profiles, cpu_name
+from serve.embedding.profiles import Place, Profile, Profiles
 
 
 MINILM = Settings().pools[0].models[0]
@@ -112,7 +113,7 @@ def test_a_folder_that_cannot_be_written_is_no_failure(tmp_path: Path, caplog) -
 
 def test_the_cpu_has_a_name(monkeypatch, tmp_path) -> None:
     assert cpu_name()
-    monkeypatch.setattr(profiles, "CPUINFO", tmp_path / "none")
+    monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "none")
     assert cpu_name()
     (tmp_path / "none").write_text(
         "processor : 0\nmodel name\t: Fast CPU @ 3GHz\nmodel name : other\n"
