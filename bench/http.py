@@ -24,7 +24,7 @@ from bench import peers, servers, texts
 from bench.load import LOADS, Failed, Load, Sample, Target, embed, measure
 from bench.processes import cpu_s
 from bench.report import ROOT, arguments, finish, percentile, ratios, spread, table
-from bench.servers import ceiling_recipe, plain_recipe
+from bench.servers import ceiling_recipe, plain_recipe, with_fake_model
 from deployments.places import DeployFile
 from serve.records import Vector
 
@@ -162,7 +162,7 @@ def targets(options: argparse.Namespace) -> Iterator[list[Target]]:
             return stack.enter_context(servers.started(recipe))
 
         if options.smoke:
-            made = (ceiling_recipe("ceiling", fake=True), plain_recipe("plain", fake=True))
+            made = (ceiling_recipe("ceiling", with_fake_model), plain_recipe("plain", fake=True))
             yield [stack.enter_context(servers.started(stack.enter_context(one))) for one in made]
             return
         model = options.model or next(iter(DeployFile.read(ROOT / "config.yaml").settings.models))
@@ -221,7 +221,7 @@ def main(words: Sequence[str] | None = None) -> None:
         print("smoke: with a fake model; that it runs is all it shows")
     print(shown(result, names[0]))
     head = {"smoke": options.smoke, "targets": names, "rounds": rounds, "seconds": seconds}
-    head["peer_versions"] = peers.versions(options)
+    head |= {"precision": options.precision, "peer_versions": peers.versions(options)}
     finish("http", options.profile, {**head, **result}, options.out)
 
 

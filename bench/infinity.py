@@ -51,8 +51,10 @@ OFFLINE: Mapping[str, str] = {
 
 
 @contextmanager
-def infinity_recipe(name: str, venv: Path, engine: Engine) -> Iterator[Recipe]:
-    """Infinity over the model of `config.yaml`.
+def infinity_recipe(
+    name: str, venv: Path, engine: Engine, numbers: str = "auto"
+) -> Iterator[Recipe]:
+    """Infinity over the model of `config.yaml`, in the numbers of its `--dtype`.
 
     Raises StartFailed when it is not installed there, or the model cannot be made an ONNX file.
     """
@@ -65,7 +67,7 @@ def infinity_recipe(name: str, venv: Path, engine: Engine) -> Iterator[Recipe]:
         port = free_port()
         # In the model's folder: it finds an ONNX file only under a relative path.
         command = [str(program), "v2", "--model-id", ".", "--served-model-name", model.id]
-        command += ["--engine", engine, "--device", "cpu", *FLAGS[engine]]
+        command += ["--engine", engine, "--device", "cpu", "--dtype", numbers, *FLAGS[engine]]
         command += ["--log-level", "warning", "--host", "127.0.0.1", "--port", str(port)]
         url = f"http://127.0.0.1:{port}"
         target = Target(name, f"{url}/embeddings", model.id)

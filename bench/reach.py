@@ -77,7 +77,10 @@ async def compare(
 def service(options: argparse.Namespace, change: servers.Change) -> Iterator[Target]:
     """What is measured over HTTP."""
     if options.smoke:
-        with ceiling_recipe("ceiling", fake=True) as recipe, servers.started(recipe) as target:
+        with (
+            ceiling_recipe("ceiling", servers.with_fake_model) as recipe,
+            servers.started(recipe) as target,
+        ):
             yield target
     else:
         with servers.headrace(options.profile, change) as target:

@@ -29,7 +29,7 @@ from bench.load import Target
 from bench.report import ROOT
 from deployments.places import DeployFile
 from serve.admission.keys import new_key
-from serve.config import Settings
+from serve.config import Precision, Settings
 from serve.jobs.owner import StoreOwner
 
 
@@ -63,6 +63,27 @@ def with_fake_model(args: dict[str, Any]) -> None:
 def without_conduits(args: dict[str, Any]) -> None:
     """Calls take Ray's handles."""
     args["pools"][0]["conduits"] = "off"
+
+
+def in_precision(word: Precision) -> Change:
+    """What the service's models are to multiply."""
+
+    def change(args: dict[str, Any]) -> None:
+        for pool in args["pools"]:
+            for model in pool["models"]:
+                model["precision"] = word
+
+    return change
+
+
+def both(*changes: Change) -> Change:
+    """One after the other."""
+
+    def change(args: dict[str, Any]) -> None:
+        for one in changes:
+            one(args)
+
+    return change
 
 
 class StartFailed(Exception):
@@ -127,9 +148,9 @@ def plain_recipe(name: str, *, fake: bool = False) -> Iterator[Recipe]:
 
 
 @contextmanager
-def ceiling_recipe(name: str, *, fake: bool = False) -> Iterator[Recipe]:
+def ceiling_recipe(name: str, change: Change = as_they_are) -> Iterator[Recipe]:
     """Our own service without Ray, in one process: `bench.ceiling`."""
-    with _site(with_fake_model if fake else as_they_are) as site:
+    with _site(change) as site:
         words = [sys.executable, "-m", "bench.ceiling", "--config", str(site.config)]
         yield _recipe(name, site, [*words, "--data-dir", str(site.folder)])
 
