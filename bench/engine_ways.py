@@ -9,6 +9,7 @@ import numpy as np
 
 from bench.engine_loads import FIXED, Load
 from serve import config
+from serve.embedding import cpu
 from serve.embedding.files import WEIGHTS, model_folder
 from serve.embedding.graphs import Graphs
 from serve.embedding.packing import Pace
@@ -72,6 +73,14 @@ def on_cpu(model: config.Model, graphs: Path, threads: int) -> Iterator[tuple[st
         one = _in(model, "onnx", precision)
         graph = Graphs(graphs).take(one, threads=threads)
         yield name, OnnxEngine(one, graph, threads=threads)
+    if cpu.has_amx():
+        from serve.embedding.openvino import OpenVinoEngine  # noqa: PLC0415
+
+        one = _in(model, "onnx", "bfloat16")
+        yield (
+            "bfloat16",
+            OpenVinoEngine(one, Graphs(graphs).take(one, threads=threads), threads=threads),
+        )
     plain = _in(model, "sentence_transformers", "float32")
     yield "torch", SentenceTransformersEngine(plain, folder, device="cpu", threads=threads)
 

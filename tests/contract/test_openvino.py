@@ -1,5 +1,7 @@
 """The graph in bfloat16: only what is its own; the rest is the engines' contract."""
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from serve.records import Input
 openvino = pytest.importorskip("openvino", reason="needs headrace[openvino]")
 
 from serve.embedding import openvino as door  # noqa: E402  it imports the library
+from serve.embedding.onnx import OnnxEngine  # noqa: E402
 from serve.embedding.openvino import OpenVinoEngine, rounded  # noqa: E402
 
 
@@ -46,10 +49,51 @@ def test_a_cpu_without_bfloat16_is_refused(monkeypatch) -> None:
         OpenVinoEngine(MINILM, graph, threads=1)
 
 
-@pytest.mark.skipif(
+def test_it_tells_its_makers_nothing() -> None:
+    """The library's own import sends an event unless it cannot; ours does not let it."""
+    code = (
+        "import sys\n"
+        "import serve.embedding.openvino\n"
+        "print([name for name in sys.modules if name.startswith('openvino_telemetry')],"
+        " sys.modules['openvino_telemetry'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['openvino_telemetry'] None"
+
+
+in_bfloat16 = pytest.mark.skipif(
     "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
     reason="this CPU does not compute in bfloat16",
 )
+
+
+@in_bfloat16
+def test_few_tokens_are_in_float32_and_more_in_bfloat16() -> None:
+    graph = Graphs(GRAPHS).take(MINILM, threads=2)
+    ours, exact = (kind(MINILM, graph, threads=2) for kind in (OpenVinoEngine, OnnxEngine))
+    few = [Input(ids=np.arange(1000, 1016, dtype=np.int32))] * 2
+    np.testing.assert_array_equal(ours.forward(few), exact.forward(few))
+    many = [Input(ids=np.arange(1000, 1016, dtype=np.int32))] * 3
+    cosines = (ours.forward(many) * exact.forward(many)).sum(axis=1)
+    assert cosines.min() > 0.9999
+    assert not np.array_equal(ours.forward(many), exact.forward(many))
+
+
+@in_bfloat16
+@pytest.mark.parametrize(
+    ("inputs", "tokens", "parts"), [(3, 16, 1), (8, 31, 1), (8, 32, 2), (1, 256, 1), (64, 16, 4)]
+)
+def test_a_thread_takes_no_less_than_is_worth_it(monkeypatch, inputs, tokens, parts) -> None:
+    graph = Graphs(GRAPHS).take(MINILM, threads=2)
+    engine = OpenVinoEngine(MINILM, graph, threads=4)
+    sizes: list[int] = []
+    run = engine._narrow
+    monkeypatch.setattr(engine, "_narrow", lambda *both: sizes.append(len(both[0])) or run(*both))
+    engine.forward([Input(ids=np.full(tokens, 1000, np.int32))] * inputs)
+    assert (len(sizes), sum(sizes)) == (parts, inputs)
+
+
+@in_bfloat16
 def test_many_threads_share_few_requests() -> None:
     graph = Graphs(GRAPHS).take(MINILM, threads=2)
     engine = OpenVinoEngine(MINILM, graph, threads=2)

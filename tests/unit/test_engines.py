@@ -46,7 +46,9 @@ def made(monkeypatch):
             raise found.ours
         return found.ours
 
-    monkeypatch.setitem(sys.modules, "serve.embedding.onnx", SimpleNamespace(OnnxEngine=onnx))
+    monkeypatch.setitem(
+        sys.modules, "serve.embedding.onnx", SimpleNamespace(OnnxEngine=onnx, open_run=None)
+    )
     monkeypatch.setitem(
         sys.modules, "serve.embedding.openvino", SimpleNamespace(OpenVinoEngine=openvino)
     )
