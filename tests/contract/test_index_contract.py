@@ -1,4 +1,4 @@
-"""One suite over every index backend that needs no server, with `memory` and `matches` as oracle."""
+"""One suite over every index backend, with `memory` and `matches` as oracle."""
 
 import asyncio
 import random
@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bench.postgres_server import careless, url
 from serve.config import Index as IndexSettings
 from serve.errors import BadInput
 from serve.index.errors import IndexRetryable
 from serve.index.filters import matches, parse
 from serve.index.lancedb import LanceIndex
 from serve.index.memory import MemoryIndex
+from serve.index.pgvector import PgIndex
 from serve.ports import Index
 from serve.records import CollectionSpec, Condition, Every, Filter, Record, Some, Tombstone
 
@@ -45,14 +47,19 @@ HOSTILE = (
 def backend(name: str, folder: Path) -> Index:
     if name == "memory":
         return MemoryIndex(IndexSettings())
+    if name == "pgvector":
+        careless()
+        return PgIndex(url(), IndexSettings())
     return LanceIndex(str(folder / "index"), IndexSettings())
 
 
-@pytest.fixture(params=["memory", "lancedb"])
+@pytest.fixture(params=["memory", "lancedb", pytest.param("pgvector", marks=pytest.mark.postgres)])
 async def index(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Index]:
     made = backend(request.param, tmp_path)
     await made.ensure(CollectionSpec(NS, DIMENSIONS))
     yield made
+    for ns in (NS, OTHER):  # a server keeps them
+        await made.drop(ns)
     await made.aclose()
 
 

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 HEAVY = ("ray", "torch", "onnxruntime", "pinecone", "sentence_transformers", "lancedb", "pyarrow")
 
-LATE = ("sqlalchemy", *HEAVY[1:])
+LATE = ("sqlalchemy", "psycopg", *HEAVY[1:])
 """What processes import in their constructors, when they import it at all."""
 
 
