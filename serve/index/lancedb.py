@@ -164,9 +164,7 @@ class LanceIndex:
 
         return await self._read(ns, ask, ())
 
-    async def scan(
-        self, ns: str, where: Filter | None = None
-    ) -> AsyncIterator[Sequence[Record]]:
+    async def scan(self, ns: str, where: Filter | None = None) -> AsyncIterator[Sequence[Record]]:
         """Of one version of the table, as it was when the scan began. Raises IndexUnavailable.
 
         A scan that takes longer than old versions are kept (`keep_versions_s`) may fail.

@@ -82,9 +82,7 @@ class MemoryIndex:
         held = space.records if space is not None else {}
         return [held[record_id] for record_id in dict.fromkeys(ids) if record_id in held]
 
-    async def scan(
-        self, ns: str, where: Filter | None = None
-    ) -> AsyncIterator[Sequence[Record]]:
+    async def scan(self, ns: str, where: Filter | None = None) -> AsyncIterator[Sequence[Record]]:
         """All at once, as they are now: it holds them anyway."""
         check_namespace(ns)
         space = self._spaces.get(ns)

@@ -1,8 +1,9 @@
-"""One suite over every index backend that needs no server, with `memory` and `matches` as oracle."""
+"""One suite over every index backend, with `memory` and `matches` as oracle."""
 
 import asyncio
 import random
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,15 @@ from serve.index.lancedb import LanceIndex
 from serve.index.memory import MemoryIndex
 from serve.ports import Index
 from serve.records import CollectionSpec, Condition, Every, Filter, Record, Some, Tombstone
+from tests.contract.pinecone_index import SERVICE_MARKS, local, service
 
 
 NS = "0" * 31 + "a"
 OTHER = "0" * 31 + "b"
 DIMENSIONS = 8
+SETTINGS = IndexSettings()
+LAG = 3
+"""Reads that do not see a write yet."""
 
 HOSTILE = (
     "",
@@ -42,18 +47,33 @@ HOSTILE = (
 )
 
 
-def backend(name: str, folder: Path) -> Index:
-    if name == "memory":
-        return MemoryIndex(IndexSettings())
-    return LanceIndex(str(folder / "index"), IndexSettings())
+@asynccontextmanager
+async def backend(name: str, folder: Path) -> AsyncIterator[Index]:
+    if name.startswith("pinecone"):
+        opened = service() if name == "pinecone-service" else None
+        lag = LAG if name == "pinecone-late" else 0
+        async with opened or local(DIMENSIONS, lag) as made:
+            yield made
+    else:
+        lance = str(folder / "index")
+        made = MemoryIndex(SETTINGS) if name == "memory" else LanceIndex(lance, SETTINGS)
+        yield made
+        await made.aclose()
 
 
-@pytest.fixture(params=["memory", "lancedb"])
+@pytest.fixture(
+    params=[
+        "memory",
+        "lancedb",
+        "pinecone",
+        "pinecone-late",
+        pytest.param("pinecone-service", marks=SERVICE_MARKS),
+    ]
+)
 async def index(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Index]:
-    made = backend(request.param, tmp_path)
-    await made.ensure(CollectionSpec(NS, DIMENSIONS))
-    yield made
-    await made.aclose()
+    async with backend(request.param, tmp_path) as made:
+        await made.ensure(CollectionSpec(NS, DIMENSIONS))
+        yield made
 
 
 def records(count: int, generation: int = 1, seed: int = 0) -> list[Record]:
