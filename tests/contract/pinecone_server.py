@@ -81,14 +81,17 @@ class Space:
 
 
 class PineconeServer:
-    """The index. Attributes that tests set: `lag` (reads), `nin_on_lists`, `lsn` (headers or none)."""
+    """The index. Attributes that tests set: `lag` (reads), `nin_on_lists`, `lsn` (headers or none),
+    `poison` (an upsert that contains it is refused), `hold` (cleared: no answers).
+    """
 
-    def __init__(self, dimension: int, *, lag: int = 0, metric: str = "cosine") -> None:
-        self.dimension: int | None = dimension
+    def __init__(self, dimension: int | None, *, lag: int = 0, metric: str = "cosine") -> None:
+        self.dimension = dimension
         self.metric = metric
         self.lag = lag
         self.lsn = True
         self.nin_on_lists = "none"
+        self.poison: bytes | None = None
         self.key = KEY
         self.calls: list[str] = []
         self.bodies: list[bytes] = []
@@ -187,6 +190,8 @@ class PineconeServer:
 
     def _upsert(self, _: Request, body: dict[str, Any]) -> Response:
         vectors = body["vectors"]
+        if self.poison is not None and self.poison in self.bodies[-1]:
+            raise Refused(400, "poison")
         if not 1 <= len(vectors) <= ITEMS_MAX:
             raise Refused(400, f"{len(vectors)} vectors, not 1 to {ITEMS_MAX}")
         rows = {vector["id"]: self._row(vector) for vector in vectors}
