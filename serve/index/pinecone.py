@@ -67,12 +67,8 @@ MORE = 4
 class _Open:
     client: "AsyncIndex"
     dimensions: int
-
-    @property
-    def rows_max(self) -> int:
-        """Whole records of any size that fit into one reply."""
-        row = self.dimensions * REPLY_FLOAT_BYTES + 40 * 2**10
-        return max(1, min(IDS_PER_FETCH, REPLY_BYTES_MAX // row))
+    rows_max: int
+    """Whole records of any size that fit into one reply."""
 
 
 class _Unusable(Exception):
@@ -277,7 +273,9 @@ class PineconeIndex:
             if not about.dimension or about.metric not in (None, "cosine"):
                 raise _Unusable("the Pinecone index must be dense, with the metric cosine")
             closing.pop_all()
-        return _Open(client, about.dimension)
+        row_bytes = about.dimension * REPLY_FLOAT_BYTES + settings.metadata_bytes_max
+        rows_max = max(1, min(IDS_PER_FETCH, REPLY_BYTES_MAX // row_bytes))
+        return _Open(client, about.dimension, rows_max)
 
     async def _held(
         self, opened: _Open, ns: str, ids: Sequence[str], *, fetch: bool

@@ -4,7 +4,7 @@ import random
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from serve.index.filters import matches, parse
@@ -94,8 +94,19 @@ def shares_18_bytes(tree: Any, metadata: dict[str, Any]) -> bool:
     return any(text.startswith(bound) for text in texts for bound in long)
 
 
+LONG = "18 bytes and more: "
+
+
 @slowly
 @given(TREES, METADATA)
+@example({"a": 0}, {"a": -0.0})
+@example({"a": {"$in": [-0.0]}}, {"a": [0]})
+@example({"a": {"$gt": LONG}}, {"a": LONG + "x"})
+@example({"a": {"$lt": LONG + "x"}}, {"a": LONG})
+@example({"a": {"$lte": "a"}}, {"a": "a\0"})
+@example({"a": {"$gt": "abcdef"}}, {"a": "abcdefg"})
+@example({"a": {"$eq": 1}}, {"a": True})
+@example({"a": {"$gte": 2**53}}, {"a": 2**53 + 1})
 def test_nothing_that_matches_is_left_out(raw, metadata):
     tree = parse(raw, terms_max=64)
     assert tree is not None

@@ -12,6 +12,8 @@ def test_a_seconds_worth_goes_out_at_once_and_the_rest_is_spread():
     )
     assert pace.wait_s("b", 1, 50) == 0
     assert pace.wait_s("a", 1, 52) == 0
+    # However long it was idle, no more than a second's worth has gathered.
+    assert [pace.wait_s("a", 1, 900) for _ in range(6)] == pytest.approx([0, 0, 0, 0, 0.25, 0.5])
 
 
 def test_bytes_wait_as_requests_do():
