@@ -99,7 +99,7 @@ LONG = "18 bytes and more: "
 
 @slowly
 @given(TREES, METADATA)
-@example({"a": 0}, {"a": -0.0})
+@example({"a": {"$eq": 0}}, {"a": -0.0})
 @example({"a": {"$in": [-0.0]}}, {"a": [0]})
 @example({"a": {"$gt": LONG}}, {"a": LONG + "x"})
 @example({"a": {"$lt": LONG + "x"}}, {"a": LONG})
