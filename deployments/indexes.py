@@ -1,6 +1,7 @@
 """Which vector index a process opens."""
 
 import os
+import time
 from pathlib import Path
 
 from serve.config import Settings
@@ -13,19 +14,25 @@ def make_index(settings: Settings) -> Index:
     Each has its own library, which only those that need it import. Raises RuntimeError when a
     variable that the settings name is not set, or not what it should be.
     """
-    match settings.index.backend:
+    index = settings.index
+    match index.backend:
         case "lancedb":
             from serve.index.lancedb import LanceIndex  # noqa: PLC0415
 
-            return LanceIndex(str(Path(settings.data_dir) / settings.index.uri), settings.index)
+            return LanceIndex(str(Path(settings.data_dir) / index.uri), index)
         case "pgvector":
             from serve.index.pgvector import PgIndex  # noqa: PLC0415
 
-            name = settings.index.pgvector.url_env
+            name = index.pgvector.url_env
             try:
-                return PgIndex(_secret("index.pgvector.url_env", name), settings.index)
+                return PgIndex(_secret("index.pgvector.url_env", name), index)
             except ValueError as error:
                 raise RuntimeError(f"index.pgvector.url_env: {name} is {error}") from None
+        case "pinecone":
+            from serve.index.pinecone import PineconeIndex  # noqa: PLC0415
+
+            key = _secret("index.pinecone.api_key_env", index.pinecone.api_key_env)
+            return PineconeIndex(index.pinecone, key, time.monotonic)
 
 
 def _secret(setting: str, name: str) -> str:

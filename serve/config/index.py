@@ -55,10 +55,68 @@ class Pgvector(Section):
         return self
 
 
+class Pinecone(Section):
+    """One Pinecone index, of which each collection is a namespace. Limits are the vendor's."""
+
+    host: str = Field(
+        "",
+        max_length=300,
+        pattern=r"^((https://)?[A-Za-z0-9.-]+(:\d{1,5})?|http://(127\.0\.0\.1|localhost)(:\d{1,5})?)?$",
+        description="Host of the index, as Pinecone's console shows it; `http://` to this machine only.",
+    )
+    api_key_env: EnvName = Field(
+        "PINECONE_API_KEY",
+        min_length=1,
+        description="Name of the environment variable with the API key.",
+    )
+    deadline_s: float = Field(
+        20, gt=0, le=300, description="Longest write or read, with the retries inside the SDK."
+    )
+    max_items: int = Field(1000, ge=1, le=1000, description="Records of one request.")
+    max_bytes: int = Field(
+        2 * 2**20, ge=2**17, le=2**26, description="Bytes of one request, as they are sent."
+    )
+    max_dim: int = Field(20_000, ge=1, le=100_000, description="Longest vector it takes.")
+    metadata_bytes_max: int = Field(
+        40 * 2**10,
+        ge=1024,
+        le=2**20,
+        description="Bytes of one record beside id and vector, as they are sent.",
+    )
+    upserts_s: float = Field(
+        100, gt=0, le=10**5, description="Upsert requests per second and namespace."
+    )
+    upsert_bytes_s: float = Field(
+        50e6, ge=2**17, le=1e11, description="Upserted bytes per second and namespace."
+    )
+    deletes_s: float = Field(
+        100, gt=0, le=10**5, description="Delete requests per second and namespace."
+    )
+    delete_ids_s: float = Field(
+        5000, ge=1, le=10**7, description="Deleted ids per second and namespace."
+    )
+    fetches_s: float = Field(
+        100, gt=0, le=10**5, description="Fetch requests per second, of one process."
+    )
+    fetch_before_upsert: bool = Field(
+        default=True,
+        description="Fetch what is held before each upsert, so that nothing replaces a higher generation.",
+    )
+    ids_tracked_max: int = Field(
+        50_000,
+        ge=0,
+        le=10**7,
+        description="Records whose last write the writer remembers, since fetches lag behind.",
+    )
+    namespaces_tracked_max: int = Field(
+        10_000, ge=1, le=10**6, description="Namespaces whose rates and drops are remembered."
+    )
+
+
 class Index(Section):
     """Where vectors land."""
 
-    backend: Literal["lancedb", "pgvector"] = Field(
+    backend: Literal["lancedb", "pgvector", "pinecone"] = Field(
         "lancedb", description="What keeps the vectors."
     )
     uri: str = Field("index", min_length=1, description="Folder of the index, under `data_dir`.")
@@ -79,11 +137,17 @@ class Index(Section):
     pgvector: Pgvector = Field(
         default=Pgvector(), description="With `backend: pgvector`: Postgres as the index."
     )
+    pinecone: Pinecone = Field(
+        default=Pinecone(), description="With `backend: pinecone`: an index of Pinecone."
+    )
 
     @model_validator(mode="after")
-    def _pgvector_has_a_url(self) -> Self:
+    def _a_server_has_an_address(self) -> Self:
         if self.backend == "pgvector" and not self.pgvector.url_env:
             message = "index.pgvector.url_env must name a variable: index.backend is pgvector"
+            raise ValueError(message)
+        if self.backend == "pinecone" and not self.pinecone.host:
+            message = "index.pinecone.host must name the index that backend `pinecone` writes to"
             raise ValueError(message)
         return self
 

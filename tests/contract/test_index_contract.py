@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,15 @@ from serve.index.memory import MemoryIndex
 from serve.index.pgvector import PgIndex
 from serve.ports import Index
 from serve.records import CollectionSpec, Condition, Every, Filter, Record, Some, Tombstone
+from tests.contract.pinecone_index import SERVICE_MARKS, local, service
 
 
 NS = "0" * 31 + "a"
 OTHER = "0" * 31 + "b"
 DIMENSIONS = 8
+SETTINGS = IndexSettings()
+LAG = 3
+"""Reads that do not see a write yet."""
 
 HOSTILE = (
     "",
@@ -44,23 +49,44 @@ HOSTILE = (
 )
 
 
-def backend(name: str, folder: Path) -> Index:
-    if name == "memory":
-        return MemoryIndex(IndexSettings())
-    if name == "pgvector":
-        careless()
-        return PgIndex(url(), IndexSettings())
-    return LanceIndex(str(folder / "index"), IndexSettings())
-
-
-@pytest.fixture(params=["memory", "lancedb", pytest.param("pgvector", marks=pytest.mark.postgres)])
-async def index(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Index]:
-    made = backend(request.param, tmp_path)
-    await made.ensure(CollectionSpec(NS, DIMENSIONS))
+@asynccontextmanager
+async def backend(name: str, folder: Path) -> AsyncIterator[Index]:
+    if name.startswith("pinecone"):
+        opened = service() if name == "pinecone-service" else None
+        lag = LAG if name == "pinecone-late" else 0
+        async with opened or local(DIMENSIONS, lag) as made:
+            yield made
+        return
+    made = embedded(name, folder)
     yield made
     for ns in (NS, OTHER):  # a server keeps them
         await made.drop(ns)
     await made.aclose()
+
+
+def embedded(name: str, folder: Path) -> Index:
+    if name == "pgvector":
+        careless()
+        return PgIndex(url(), SETTINGS)
+    return (
+        MemoryIndex(SETTINGS) if name == "memory" else LanceIndex(str(folder / "index"), SETTINGS)
+    )
+
+
+@pytest.fixture(
+    params=[
+        "memory",
+        "lancedb",
+        pytest.param("pgvector", marks=pytest.mark.postgres),
+        "pinecone",
+        "pinecone-late",
+        pytest.param("pinecone-service", marks=SERVICE_MARKS),
+    ]
+)
+async def index(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Index]:
+    async with backend(request.param, tmp_path) as made:
+        await made.ensure(CollectionSpec(NS, DIMENSIONS))
+        yield made
 
 
 def records(count: int, generation: int = 1, seed: int = 0) -> list[Record]:
