@@ -1,5 +1,6 @@
 """Which vector index a process opens."""
 
+import os
 from pathlib import Path
 
 from serve.config import Settings
@@ -7,7 +8,24 @@ from serve.ports import Index
 
 
 def make_index(settings: Settings) -> Index:
-    """The backend that the settings name; it connects on first use, or with `open`."""
-    from serve.index.lancedb import LanceIndex  # noqa: PLC0415  each backend has its own library
+    """The backend that the settings name; it connects on first use, or with `open`.
 
-    return LanceIndex(str(Path(settings.data_dir) / settings.index.uri), settings.index)
+    Raises RuntimeError when a variable that its settings name is not set.
+    """
+    match settings.index.backend:
+        case "qdrant":
+            from serve.index.qdrant import QdrantIndex  # noqa: PLC0415  as below
+
+            return QdrantIndex(settings.index, _secret(settings.index.qdrant.api_key_env))
+        case "lancedb":
+            from serve.index.lancedb import LanceIndex  # noqa: PLC0415  each has its own library
+
+            return LanceIndex(str(Path(settings.data_dir) / settings.index.uri), settings.index)
+
+
+def _secret(name: str) -> str:
+    """A header's value from the environment; empty when no variable is named."""
+    key = os.environ.get(name, "").strip() if name else ""
+    if name and not (key.isascii() and key.isprintable() and key):
+        raise RuntimeError(f"index: the environment variable {name} is not set, or not ASCII")
+    return key

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from qdrant_client import AsyncQdrantClient
 
 from serve.config import Index as IndexSettings
 from serve.errors import BadInput
@@ -16,6 +17,7 @@ from serve.index.errors import IndexRetryable
 from serve.index.filters import matches, parse
 from serve.index.lancedb import LanceIndex
 from serve.index.memory import MemoryIndex
+from serve.index.qdrant import QdrantIndex
 from serve.ports import Index
 from serve.records import CollectionSpec, Condition, Every, Filter, Record, Some, Tombstone
 
@@ -45,10 +47,16 @@ HOSTILE = (
 def backend(name: str, folder: Path) -> Index:
     if name == "memory":
         return MemoryIndex(IndexSettings())
+    if name == "qdrant":
+        return QdrantIndex(IndexSettings(), connect=lambda: AsyncQdrantClient(":memory:"))
     return LanceIndex(str(folder / "index"), IndexSettings())
 
 
-@pytest.fixture(params=["memory", "lancedb"])
+# Qdrant's local mode says once what has no effect in it.
+LOCAL_MODE = pytest.mark.filterwarnings("ignore:.* no effect:UserWarning")
+
+
+@pytest.fixture(params=["memory", "lancedb", pytest.param("qdrant", marks=LOCAL_MODE)])
 async def index(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Index]:
     made = backend(request.param, tmp_path)
     await made.ensure(CollectionSpec(NS, DIMENSIONS))
