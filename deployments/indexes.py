@@ -16,16 +16,17 @@ def make_index(settings: Settings) -> Index:
         case "qdrant":
             from serve.index.qdrant import QdrantIndex  # noqa: PLC0415  as below
 
-            return QdrantIndex(settings.index, _secret(settings.index.qdrant.api_key_env))
+            key = _secret("index.qdrant.api_key_env", settings.index.qdrant.api_key_env)
+            return QdrantIndex(settings.index, key)
         case "lancedb":
             from serve.index.lancedb import LanceIndex  # noqa: PLC0415  each has its own library
 
             return LanceIndex(str(Path(settings.data_dir) / settings.index.uri), settings.index)
 
 
-def _secret(name: str) -> str:
-    """A header's value from the environment; empty when no variable is named."""
+def _secret(setting: str, name: str) -> str:
+    """The header value in the environment variable that a setting names; empty when it names none."""
     key = os.environ.get(name, "").strip() if name else ""
-    if name and not (key.isascii() and key.isprintable() and key):
-        raise RuntimeError(f"index: the environment variable {name} is not set, or not ASCII")
+    if name and not (key and key.isascii() and key.isprintable()):
+        raise RuntimeError(f"{setting}: the environment variable {name} is not set, or not ASCII")
     return key

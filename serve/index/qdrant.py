@@ -15,7 +15,6 @@ an upsert retryable.
 
 import asyncio
 import importlib
-import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from logging import getLogger
@@ -27,16 +26,21 @@ from serve.config import Index as IndexSettings
 from serve.errors import BadInput, IndexUnavailable
 from serve.index.checks import RECORD_ID, check_namespace, check_query, newest, refuse
 from serve.index.errors import IndexOffline, IndexRetryable, RecordsRejected
+from serve.index.qdrant_collections import (
+    check_applied,
+    check_version,
+    create,
+    create_indexes,
+    dimensions_of,
+)
 from serve.index.qdrant_faults import (
     RETRY_AFTER_S,
     is_missing,
-    is_taken,
     retry_after_s,
     to_fault,
     vendor_errors,
 )
 from serve.index.qdrant_points import (
-    GENERATION,
     SHOWN,
     Sized,
     direction,
@@ -47,7 +51,7 @@ from serve.index.qdrant_points import (
     point_id,
     to_point,
 )
-from serve.index.qdrant_terms import PLACES, TERMS, WORDS, to_filter
+from serve.index.qdrant_terms import to_filter
 from serve.ports import Capabilities, IndexStats, Landed
 from serve.records import CollectionSpec, Filter, Hit, Record, Tombstone, Vector
 
@@ -60,7 +64,6 @@ log = getLogger("headrace.index")
 T = TypeVar("T")
 _Page: TypeAlias = "tuple[list[models.Record], models.ExtendedPointId | None]"
 
-SERVER_MIN = (1, 16)
 DIMENSIONS_MAX = 65_536
 TOP_K_MAX = 10_000
 IDS_PER_REQUEST = 1000
@@ -93,6 +96,7 @@ class QdrantIndex:
         self._connect = connect or self._client_of_settings
         self._connecting = asyncio.Lock()
         self._client: AsyncQdrantClient | None = None
+        self._checked = False
         self._known_max = settings.tables_open_max
         self._known: dict[str, int] = {}
 
@@ -123,7 +127,7 @@ class QdrantIndex:
                     ordering=self._ordering(),
                     update_filter=not_newer([one.record for one in part]),
                 )
-                _check_applied(result)
+                check_applied(result)
         return Landed(rejected=rejected + large)
 
     async def delete(self, ns: str, tombstones: Sequence[Tombstone]) -> Landed:
@@ -147,7 +151,7 @@ class QdrantIndex:
                     if is_missing(error):
                         break
                     raise
-                _check_applied(result)
+                check_applied(result)
         return Landed()
 
     async def query(
@@ -228,10 +232,10 @@ class QdrantIndex:
         if not 1 <= spec.dimensions <= self.caps.max_dim:
             raise BadInput(f"1 to {self.caps.max_dim} dimensions.", param="dimensions")
         with self._writing(spec.ns):
-            client = await self._server()
-            if not await client.collection_exists(self._name(spec.ns)):
-                await self._create(client, spec)
-            await self._create_indexes(client, self._name(spec.ns))
+            client, name = await self._server(), self._name(spec.ns)
+            if not await client.collection_exists(name):
+                await create(client, name, spec.dimensions, self._own)
+            await create_indexes(client, name)
 
     async def drop(self, ns: str) -> None:
         """Remove the collection."""
@@ -259,7 +263,7 @@ class QdrantIndex:
 
     async def aclose(self) -> None:
         """Close the connections; a later call would connect again."""
-        client, self._client = self._client, None
+        client, self._client, self._checked = self._client, None, False
         if client is not None:
             await client.close()
 
@@ -267,14 +271,12 @@ class QdrantIndex:
         async with self._connecting:
             if self._client is None:
                 await asyncio.to_thread(importlib.import_module, "qdrant_client")
-                client = self._connect()
-                try:
-                    await _check_version(client)
-                except BaseException:  # also when it is cancelled
-                    await client.close()
-                    raise
-                self._client = client
-            return self._client
+                self._client = self._connect()
+            client = self._client
+        if not self._checked:  # outside the lock: who waits for a mute server waits at once
+            await check_version(client)
+            self._checked = True
+        return client
 
     def _client_of_settings(self) -> "AsyncQdrantClient":
         from qdrant_client import AsyncQdrantClient  # noqa: PLC0415
@@ -290,60 +292,16 @@ class QdrantIndex:
             check_compatibility=False,  # a thread that warns; `_check_version` raises
         )
 
-    async def _create(self, client: "AsyncQdrantClient", spec: CollectionSpec) -> None:
-        from qdrant_client import models  # noqa: PLC0415
-
-        own = self._own
-        try:
-            await client.create_collection(
-                self._name(spec.ns),
-                vectors_config=models.VectorParams(
-                    size=spec.dimensions, distance=models.Distance.DOT, on_disk=own.on_disk
-                ),
-                hnsw_config=models.HnswConfigDiff(m=own.hnsw_m, ef_construct=own.hnsw_ef_construct),
-                shard_number=own.shards,
-                replication_factor=own.replicas,
-                write_consistency_factor=own.replicas,
-            )
-        except vendor_errors() as error:
-            if not is_taken(error):  # by another process, meanwhile
-                raise
-
-    async def _create_indexes(self, client: "AsyncQdrantClient", name: str) -> None:
-        """Without them strict mode refuses a filter; making one again changes nothing."""
-        from qdrant_client import models  # noqa: PLC0415
-
-        keyword, integer = models.KeywordIndexType.KEYWORD, models.IntegerIndexType.INTEGER
-        # Edges of the graph for each value are worth their time for what is asked by equality only.
-        plain = models.KeywordIndexParams(type=keyword, enable_hnsw=False)
-        ranges = models.IntegerIndexParams(
-            type=integer, lookup=False, range=True, enable_hnsw=False
-        )
-        indexes: dict[str, models.KeywordIndexParams | models.IntegerIndexParams] = {
-            TERMS: models.KeywordIndexParams(type=keyword),
-            PLACES: plain,
-            WORDS: ranges,
-            GENERATION: ranges,
-        }
-        for field, schema in indexes.items():
-            _check_applied(await client.create_payload_index(name, field, schema, wait=True))
-
     async def _dimensions(self, client: "AsyncQdrantClient", ns: str) -> int | None:
         """Those of a namespace; None when it is missing."""
         known = self._known.get(ns)
         if known is None:
-            try:
-                info = await client.get_collection(self._name(ns))
-            except vendor_errors() as error:
-                if is_missing(error):
-                    return None
-                raise
-            size = getattr(info.config.params.vectors, "size", None)
-            if size is None:
-                raise IndexOffline(f"collection {self._name(ns)} is not one of ours")
+            known = await dimensions_of(client, self._name(ns))
+            if known is None:
+                return None
             while len(self._known) >= self._known_max:
                 self._known.pop(next(iter(self._known)))
-            known = self._known[ns] = int(size)
+            self._known[ns] = known
         return known
 
     def _page(
@@ -408,20 +366,6 @@ def _reading() -> Iterator[None]:
     except vendor_errors() as error:
         wait_s = retry_after_s(error)
         raise IndexUnavailable("The index cannot be read.", retry_after_s=wait_s) from error
-
-
-async def _check_version(client: "AsyncQdrantClient") -> None:
-    said = (await client.info()).version
-    found = re.match(r"(\d+)\.(\d+)", said)
-    if found is None or (int(found[1]), int(found[2])) < SERVER_MIN:
-        raise IndexOffline(f"Qdrant {said[:32]} cannot guard generations: 1.16 or newer can")
-
-
-def _check_applied(result: "models.UpdateResult") -> None:
-    from qdrant_client import models  # noqa: PLC0415
-
-    if result.status != models.UpdateStatus.COMPLETED:
-        raise IndexRetryable(f"taken, not applied: {result.status}", retry_after_s=RETRY_AFTER_S)
 
 
 def _shown() -> "models.PayloadSelectorInclude":

@@ -38,7 +38,7 @@ SHOWN = (
 """What of a payload makes a record; the rest of it is for filters."""
 
 UNIT_TOLERANCE = 1e-6
-ENVELOPE_BYTES = 192
+ENVELOPE_BYTES = 256
 """What a point takes in a request beside its vector and payload: its id, twice, and names."""
 
 
