@@ -51,7 +51,7 @@ class Qdrant(Section):
     )
     shards: int = Field(1, ge=1, le=1024, description="Shards of new collections.")
     replicas: int = Field(
-        1, ge=1, le=64, description="Copies of new collections; a write waits for all that live."
+        1, ge=1, le=64, description="Copies of new collections; most must take a write."
     )
     ordering: Literal["weak", "medium", "strong"] = Field(
         "medium", description="Through which copy writes go: any, a leader, the permanent leader."

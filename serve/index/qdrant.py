@@ -3,10 +3,10 @@
 Any process reads and any may write. What it does not do by itself, and how that is met:
 
 - A generation never replaces a higher one: `update_filter` is evaluated where the write is applied,
-  one write after the other, and what is not there yet is inserted. An older server would not know
-  the word and overwrite in silence, so it is refused when the connection opens.
-- Reads see writes that returned: `wait=true`, and a collection's `write_consistency_factor` is its
-  number of copies, so a write has reached every copy that is in use.
+  one write after the other, and what is not there yet is inserted. An older server does not know
+  the word and overwrites in silence, so it is refused when the connection opens.
+- Reads see writes that returned: with `wait=true` a write waits until each copy has applied it or is
+  out of use, and fails unless most of them have (`write_consistency_factor`).
 - A status may say that a write was taken but not applied: then it is repeated.
 
 A missing collection reads as empty (the Store knows whether it exists), deletes nothing, and makes

@@ -37,7 +37,9 @@ async def create(client: "AsyncQdrantClient", name: str, dimensions: int, own: Q
             hnsw_config=models.HnswConfigDiff(m=own.hnsw_m, ef_construct=own.hnsw_ef_construct),
             shard_number=own.shards,
             replication_factor=own.replicas,
-            write_consistency_factor=own.replicas,
+            # A write is sent to all copies in use and waits for all; those that fail are taken out
+            # of use, if this many succeed. All of them would let the loss of one stop all writing.
+            write_consistency_factor=own.replicas // 2 + 1,
         )
     except vendor_errors() as error:
         if not is_taken(error):  # by another process, meanwhile

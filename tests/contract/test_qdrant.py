@@ -108,7 +108,7 @@ async def test_a_collection_is_made_with_its_indexes_and_copies(server):
         "vectors": {"size": DIMENSIONS, "distance": "Dot", "on_disk": False},
         "shard_number": 2,
         "replication_factor": 3,
-        "write_consistency_factor": 3,
+        "write_consistency_factor": 2,
         "hnsw_config": {"m": 16, "ef_construct": 100},
     }
     fields = [json.loads(one.body)["field_name"] for one in server.seen if "index" in one.path]
