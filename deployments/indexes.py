@@ -28,6 +28,11 @@ def make_index(settings: Settings) -> Index:
                 return PgIndex(_secret("index.pgvector.url_env", name), index)
             except ValueError as error:
                 raise RuntimeError(f"index.pgvector.url_env: {name} is {error}") from None
+        case "qdrant":
+            from serve.index.qdrant import QdrantIndex  # noqa: PLC0415
+
+            name = index.qdrant.api_key_env
+            return QdrantIndex(index, _secret("index.qdrant.api_key_env", name) if name else "")
         case "pinecone":
             from serve.index.pinecone import PineconeIndex  # noqa: PLC0415
 
@@ -36,7 +41,8 @@ def make_index(settings: Settings) -> Index:
 
 
 def _secret(setting: str, name: str) -> str:
-    value = os.environ.get(name)
-    if not value:
-        raise RuntimeError(f"{setting}: the environment variable {name} is not set")
+    """What is in the environment variable that a setting names; it must be fit for a header or a URL."""
+    value = os.environ.get(name, "").strip()
+    if not (value and value.isascii() and value.isprintable()):
+        raise RuntimeError(f"{setting}: the environment variable {name} is not set, or not ASCII")
     return value

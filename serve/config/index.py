@@ -113,10 +113,61 @@ class Pinecone(Section):
     )
 
 
+class Qdrant(Section):
+    """A Qdrant server or cluster, 1.16 or newer: one Qdrant collection for each of ours."""
+
+    url: str = Field(
+        "http://127.0.0.1:6333",
+        pattern=r"^https?://[^\s/?#@]+(/[^\s?#@]*)?$",
+        max_length=2048,
+        description="Where its REST API is; without a port it is 6333, also for https.",
+    )
+    api_key_env: EnvName = Field(
+        "",
+        description="Name of the environment variable with its API key, which must be allowed to "
+        "manage collections; empty: none.",
+    )
+    prefix: str = Field(
+        "headrace-",
+        pattern=r"^[A-Za-z0-9_-]{0,64}$",
+        description="What the names of our collections in it start with.",
+    )
+    timeout_s: int = Field(20, ge=1, le=600, description="Longest wait for a part of a reply.")
+    request_bytes_max: int = Field(
+        32 * 2**20,
+        ge=2**16,
+        le=2**30,
+        description="Bytes of one request; its own limit is `service.max_request_size_mb`.",
+    )
+    scan_rows: int = Field(500, ge=1, le=10_000, description="Records of one part of a scan.")
+    exact: bool = Field(
+        default=False, description="Compare all vectors in each search, whatever the graph says."
+    )
+    hnsw_ef: int = Field(
+        128, ge=1, le=10_000, description="Candidates a search of the graph keeps: recall for time."
+    )
+    hnsw_m: int = Field(
+        16, ge=0, le=256, description="Edges of a vector in the graph of new collections; 0: none."
+    )
+    hnsw_ef_construct: int = Field(
+        100, ge=4, le=10_000, description="Candidates while the graph of new collections is built."
+    )
+    on_disk: bool = Field(
+        default=False, description="Keep vectors of new collections on disk, not in memory."
+    )
+    shards: int = Field(1, ge=1, le=1024, description="Shards of new collections.")
+    replicas: int = Field(
+        1, ge=1, le=64, description="Copies of new collections; most must take a write."
+    )
+    ordering: Literal["weak", "medium", "strong"] = Field(
+        "medium", description="Through which copy writes go: any, a leader, the permanent leader."
+    )
+
+
 class Index(Section):
     """Where vectors land."""
 
-    backend: Literal["lancedb", "pgvector", "pinecone"] = Field(
+    backend: Literal["lancedb", "pgvector", "qdrant", "pinecone"] = Field(
         "lancedb", description="What keeps the vectors."
     )
     uri: str = Field("index", min_length=1, description="Folder of the index, under `data_dir`.")
@@ -136,6 +187,9 @@ class Index(Section):
     max_dim: int = Field(20_000, ge=1, le=100_000, description="Longest vector it takes.")
     pgvector: Pgvector = Field(
         default=Pgvector(), description="With `backend: pgvector`: Postgres as the index."
+    )
+    qdrant: Qdrant = Field(
+        default=Qdrant(), description="With `backend: qdrant`: a Qdrant server or cluster."
     )
     pinecone: Pinecone = Field(
         default=Pinecone(), description="With `backend: pinecone`: an index of Pinecone."

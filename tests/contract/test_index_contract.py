@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from qdrant_client import AsyncQdrantClient
 
 from bench.postgres_server import careless, url
 from serve.config import Index as IndexSettings
@@ -19,6 +20,7 @@ from serve.index.filters import matches, parse
 from serve.index.lancedb import LanceIndex
 from serve.index.memory import MemoryIndex
 from serve.index.pgvector import PgIndex
+from serve.index.qdrant import QdrantIndex
 from serve.ports import Index
 from serve.records import CollectionSpec, Condition, Every, Filter, Record, Some, Tombstone
 from tests.contract.pinecone_index import SERVICE_MARKS, local, service
@@ -68,15 +70,22 @@ def embedded(name: str, folder: Path) -> Index:
     if name == "pgvector":
         careless()
         return PgIndex(url(), SETTINGS)
+    if name == "qdrant":
+        return QdrantIndex(SETTINGS, connect=lambda: AsyncQdrantClient(":memory:"))
     return (
         MemoryIndex(SETTINGS) if name == "memory" else LanceIndex(str(folder / "index"), SETTINGS)
     )
+
+
+# Qdrant's local mode says once what has no effect in it.
+LOCAL_MODE = pytest.mark.filterwarnings("ignore:.* no effect:UserWarning")
 
 
 @pytest.fixture(
     params=[
         "memory",
         "lancedb",
+        pytest.param("qdrant", marks=LOCAL_MODE),
         pytest.param("pgvector", marks=pytest.mark.postgres),
         "pinecone",
         "pinecone-late",

@@ -12,7 +12,16 @@ import pytest
 
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("ray", "torch", "onnxruntime", "pinecone", "sentence_transformers", "lancedb", "pyarrow")
+HEAVY = (
+    "ray",
+    "torch",
+    "onnxruntime",
+    "pinecone",
+    "qdrant_client",
+    "sentence_transformers",
+    "lancedb",
+    "pyarrow",
+)
 
 LATE = ("sqlalchemy", "psycopg", *HEAVY[1:])
 """What processes import in their constructors, when they import it at all."""
