@@ -37,6 +37,7 @@ from serve.flows.operators import OperatorFlow
 from serve.flows.search import SearchFlow
 from serve.flows.streams import Streams
 from serve.flows.usage import UsageFlow
+from serve.flows.vectors import VectorFlow
 from serve.flows.webhooks import WebhookFlow
 from serve.ports import Index
 
@@ -107,6 +108,7 @@ class Ingress:
             collections,
             IngestFlow(context, collections, self._store, self._feed),
             SearchFlow(context, collections, embed, index),
+            VectorFlow(context, collections, self._store, upserter=self._upserter),
             OperatorFlow(settings, self._store, self._store, time.time),
             UsageFlow(context, self._store, queues),
             JobFlow(context, collections, self._store, self._store, queues=queues, files=files),

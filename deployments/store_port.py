@@ -6,7 +6,7 @@ from typing import Any, cast
 from deployments.file_port import FilePort
 from deployments.job_port import JobPort
 from deployments.webhook_port import WebhookPort
-from serve.ports import Collections, Fence, Keys, Tenants, Usage
+from serve.ports import Collections, Fence, Keys, Tenants, Usage, Vectors
 from serve.records import (
     AuditEntry,
     Collection,
@@ -16,7 +16,7 @@ from serve.records import (
 )
 
 
-class StorePort(JobPort, FilePort, WebhookPort, Keys, Tenants, Usage, Collections, Fence):
+class StorePort(JobPort, FilePort, WebhookPort, Keys, Tenants, Usage, Collections, Vectors, Fence):
     """Implements them all, those of jobs, files and webhooks included. Each call also raises StoreUnavailable."""
 
     async def find_key(self, key_id: str) -> Key | None:
@@ -101,6 +101,10 @@ class StorePort(JobPort, FilePort, WebhookPort, Keys, Tenants, Usage, Collection
     async def deleted_collections(self) -> Sequence[Collection]:
         """See Collections."""
         return cast("Sequence[Collection]", await self._call("deleted_collections"))
+
+    async def grant_vectors(self, collection: str, names: Sequence[str]) -> Sequence[int]:
+        """See Vectors."""
+        return cast("Sequence[int]", await self._call("grant_vectors", collection, names))
 
     async def take_epoch(self, name: str, deploy_seq: int) -> int:
         """See Fence."""

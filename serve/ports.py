@@ -319,6 +319,18 @@ class Collections(Protocol):
         ...
 
 
+class Vectors(Protocol):
+    """Raw vectors in the Store: their generations only."""
+
+    async def grant_vectors(self, collection: str, names: Sequence[str]) -> Sequence[int]:
+        """A generation for a write of each raw vector, in order; 0 where the name is a document's.
+
+        A repeat grants higher ones, which does no harm: it has no operation id. Raises NotFound (the
+        collection is gone), BadInput (a name that is there twice).
+        """
+        ...
+
+
 class Fence(Protocol):
     """What a writer asks the Store."""
 

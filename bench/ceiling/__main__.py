@@ -44,6 +44,7 @@ from serve.flows.operators import OperatorFlow
 from serve.flows.search import SearchFlow
 from serve.flows.streams import Streams
 from serve.flows.usage import UsageFlow
+from serve.flows.vectors import VectorFlow
 from serve.flows.webhooks import WebhookFlow
 from serve.index.memory import MemoryIndex
 from serve.index.writer import Writer
@@ -147,6 +148,7 @@ class Ceiling:
             collections,
             IngestFlow(context, collections, store, self._feed),
             SearchFlow(context, collections, embed, self._index),
+            VectorFlow(context, collections, store, upserter=self._writer),
             OperatorFlow(settings, store, store, time.time),
             UsageFlow(context, store, Unreported()),
             JobFlow(context, collections, store, store, queues=Unreported(), files=files),

@@ -20,6 +20,7 @@ from serve.api import (
     models,
     search,
     usage,
+    vectors,
     webhooks,
 )
 from serve.api.envelope import Envelope
@@ -35,6 +36,7 @@ CHARGED: tuple[tuple[APIRouter, Klass], ...] = (
     (embeddings.router, "interactive"),
     (search.router, "interactive"),
     (documents.router, "bulk"),
+    (vectors.router, "bulk"),
     (jobs.router, "bulk"),
     (files.router, "bulk"),
     (batches.router, "bulk"),

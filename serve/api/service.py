@@ -26,6 +26,7 @@ from serve.flows.operators import OperatorFlow
 from serve.flows.search import SearchFlow
 from serve.flows.streams import Streams
 from serve.flows.usage import UsageFlow
+from serve.flows.vectors import VectorFlow
 from serve.flows.webhooks import WebhookFlow
 from serve.records import Caller
 
@@ -40,6 +41,7 @@ class Service:
     collections: CollectionFlow
     ingest: IngestFlow
     search: SearchFlow
+    vectors: VectorFlow
     operators: OperatorFlow
     usage: UsageFlow
     jobs: JobFlow

@@ -176,6 +176,26 @@ class DocumentsAccepted(Receipt):
     data: list[DocumentShown] | None = None
 
 
+class VectorWritten(Shape):
+    """What became of one vector; `error` when its status is `failed`.
+
+    `id` is null where what was sent has none.
+    """
+
+    id: str | None
+    status: Literal["indexed", "superseded", "failed"]
+    generation: int
+    error: Problem | None = None
+
+
+class VectorsWritten(Shape):
+    """One result a vector, in their order."""
+
+    object: Literal["list"]
+    data: list[VectorWritten]
+    failed: int
+
+
 class SearchHit(Shape):
     """A chunk; `text == document[start:end]`, `score` is the cosine similarity."""
 

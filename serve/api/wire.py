@@ -58,12 +58,16 @@ async def read_json(request: Request) -> dict[str, Any]:
 
 async def read(request: Request, model: type[M]) -> M:
     """The body as `model`. Raises BadInput that names the first field at fault."""
-    value = await read_json(request)
+    return validated(await read_json(request), model)
+
+
+def validated(value: object, model: type[M], *under: int | str) -> M:
+    """Part of a body, which stands `under` there, as `model`. Raises BadInput as `read` does."""
     try:
         return model.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        param = path(first["loc"])[:DETAIL_CHARS_MAX]
+        param = path((*under, *first["loc"]))[:DETAIL_CHARS_MAX]
         raise BadInput(f"{param}: {first['msg']}"[:DETAIL_CHARS_MAX], param=param) from None
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 
 from serve.config import Admission, Jobs, Store
-from serve.jobs import audit, catalog, fence, keys, operations, tenants, usage
+from serve.jobs import audit, catalog, fence, generations, keys, operations, tenants, usage
 from serve.jobs.committer import Committer
 from serve.jobs.file_owner import FileOwner
 from serve.jobs.operations import FOUND, KEY, MADE, NOTHING, TENANT
@@ -18,7 +18,7 @@ from serve.jobs.postgres import Postgres
 from serve.jobs.sqlite import open_database
 from serve.jobs.upkeep import Chore
 from serve.jobs.webhook_owner import WebhookOwner
-from serve.ports import Collections, Fence, Keys, Tenants, Usage
+from serve.ports import Collections, Fence, Keys, Tenants, Usage, Vectors
 from serve.records import (
     AuditEntry,
     Collection,
@@ -43,7 +43,7 @@ HOUR_S = 3600.0
 CLOSE_WAIT_S = 30.0
 
 
-class StoreOwner(FileOwner, WebhookOwner, Keys, Tenants, Usage, Collections, Fence):
+class StoreOwner(FileOwner, WebhookOwner, Keys, Tenants, Usage, Collections, Vectors, Fence):
     """Implements the Store's ports for one process; every call is acknowledged after its commit.
 
     Calls raise Overloaded when `settings.queue_max` wait, StoreUnavailable when the commit failed
@@ -245,6 +245,10 @@ class StoreOwner(FileOwner, WebhookOwner, Keys, Tenants, Usage, Collections, Fen
     async def deleted_collections(self) -> Sequence[Collection]:
         """Deleted but not yet purged."""
         return await self._do(lambda conn, _now: catalog.deleted(conn))
+
+    async def grant_vectors(self, collection: str, names: Sequence[str]) -> Sequence[int]:
+        """A generation for each raw vector; 0 where the name is a document's. Raises NotFound."""
+        return await self._do(lambda conn, now: generations.begin_raw(conn, collection, names, now))
 
     async def take_epoch(self, name: str, deploy_seq: int) -> int:
         """Become the writer `name`. Raises Fenced when a later deployment took it."""

@@ -55,6 +55,7 @@ from serve.flows.operators import OperatorFlow
 from serve.flows.search import SearchFlow
 from serve.flows.streams import Streams
 from serve.flows.usage import UsageFlow
+from serve.flows.vectors import VectorFlow
 from serve.flows.webhooks import WebhookFlow
 from serve.index.memory import MemoryIndex
 from serve.index.writer import Writer
@@ -423,6 +424,7 @@ class Builder:
             collections,
             IngestFlow(context, collections, ports.store, feed),
             SearchFlow(context, collections, embed, ports.index),
+            VectorFlow(context, collections, ports.store, upserter=ports.upserter),
             OperatorFlow(settings, ports.store, ports.store, self.wall),
             UsageFlow(context, ports.store, ports.queues),
             JobFlow(

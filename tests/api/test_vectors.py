@@ -1,0 +1,233 @@
+"""`/v1/collections/{name}/vectors`: vectors of the user's own, beside documents, and who may see them."""
+
+import base64
+
+import numpy as np
+import pytest
+
+from serve.config import Limits
+from serve.errors import IndexUnavailable, StoreUnavailable
+
+
+BOOKS = "/v1/collections/books"
+URL = f"{BOOKS}/vectors"
+
+
+def problem(response, status=400):
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    return response.json()
+
+
+def row(*values: float) -> list[float]:
+    """A vector of 16 dimensions that begins so."""
+    return [*values, *[0.0] * (16 - len(values))]
+
+
+def in_base64(values) -> str:
+    return base64.b64encode(np.asarray(values, "<f4").tobytes()).decode()
+
+
+def vector(name: str, *values: float, **fields):
+    return {"id": name, "vector": row(*values), **fields}
+
+
+async def put(client, *vectors, status=200, **headers):
+    answer = await client.post(URL, json={"vectors": vectors}, headers=headers)
+    assert answer.status_code == status, answer.text
+    return answer.json()
+
+
+async def nearest(client, *values: float, **body):
+    answer = await client.post(f"{BOOKS}/search", json={"vector": row(*values), **body})
+    assert answer.status_code == 200, answer.text
+    return answer.json()["data"]
+
+
+def statuses(body):
+    return [one["status"] for one in body["data"]]
+
+
+@pytest.fixture
+async def books(client):
+    await client.post("/v1/collections", json={"name": "books"})
+    return client
+
+
+# --- writing ---------------------------------------------------------------------------------
+
+
+async def test_vectors_are_found_as_soon_as_they_are_answered(books, whole):
+    name = "any id: \u00e4/\U0001f600 'quoted' --"
+    body = await put(
+        books,
+        vector(name, 3, 4, text="hello", metadata={"year": 1990}),
+        {"id": "b", "vector": in_base64(row(0, 0, 1))},
+    )
+    assert body == {
+        "object": "list",
+        "data": [
+            {"id": name, "status": "indexed", "generation": 1},
+            {"id": "b", "status": "indexed", "generation": 1},
+        ],
+        "failed": 0,
+    }
+    (hit,) = await nearest(books, 3, 4, filter={"year": 1990})
+    assert hit["score"] == pytest.approx(1)
+    assert hit | {"score": 1} == {
+        "document": name,
+        "score": 1,
+        "chunk": 0,
+        "text": "hello",
+        "start": 0,
+        "end": 5,
+        "metadata": {"year": 1990},
+    }
+    assert (await nearest(books, 0, 0, 1))[0]["document"] == "b"
+    assert not whole.embedder.calls
+
+
+async def test_the_last_write_of_an_id_wins(books):
+    await put(books, vector("a", 1))
+    body = await put(books, vector("a", 0, 1))
+    assert body["data"][0]["generation"] == 2
+    (hit,) = await nearest(books, 0, 1)
+    assert hit["score"] == pytest.approx(1)
+
+
+async def test_one_bad_vector_leaves_the_others_alone(books):
+    body = await put(
+        books,
+        vector("good", 1),
+        vector("short") | {"vector": [1.0]},
+        vector("zero"),
+        vector("huge", 1e300),
+        vector("odd", 1, colour="red"),
+        {"vector": row(1)},
+        "no object",
+        vector("good", 2),
+        vector("\x00", 1),
+        vector("meta", 1, metadata={"a": {"b": 1}}),
+        vector("fine", 0, 1),
+        status=207,
+    )
+    found = [(one["id"], one["status"], one.get("error", {}).get("param")) for one in body["data"]]
+    assert found == [
+        ("good", "indexed", None),
+        ("short", "failed", "vectors[1].vector"),
+        ("zero", "failed", "vectors[2].vector"),
+        ("huge", "failed", "vectors[3].vector"),
+        ("odd", "failed", "vectors[4].colour"),
+        (None, "failed", "vectors[5].id"),
+        (None, "failed", "vectors[6]"),
+        ("good", "failed", "vectors[7].id"),
+        ("\x00", "failed", "vectors[8].id"),
+        ("meta", "failed", "vectors[9].metadata.a"),
+        ("fine", "indexed", None),
+    ]
+    assert body["failed"] == 9
+    assert {hit["document"] for hit in await nearest(books, 1)} == {"good", "fine"}
+
+
+async def test_bad_requests_are_named(start, subtests):
+    whole = await start(limits=Limits(vectors_max=2))
+    client = await whole.client()
+    await client.post("/v1/collections", json={"name": "books"})
+    for body, param in (
+        ({}, "vectors"),
+        ({"vectors": []}, "vectors"),
+        ({"vectors": {}}, "vectors"),
+        ({"vectors": [1, 2, 3]}, "vectors"),
+        ({"vectors": [1], "priority": 1}, "priority"),
+    ):
+        with subtests.test(body=body):
+            assert problem(await client.post(URL, json=body))["param"] == param
+
+
+async def test_numbers_that_json_does_not_know(books):
+    for number in ("NaN", "Infinity", "1e400"):
+        raw = f'{{"vectors": [{{"id": "a", "vector": [{", ".join([number] * 16)}]}}]}}'
+        answer = await books.post(URL, content=raw)
+        assert answer.status_code in (207, 400)
+    body = await put(books, {"id": "a", "vector": in_base64([np.nan] * 16)}, status=207)
+    assert body["data"][0]["error"]["param"] == "vectors[0].vector"
+
+
+# --- beside documents ------------------------------------------------------------------------
+
+
+async def test_the_id_of_a_document_is_refused_until_it_is_deleted(books):
+    documents = {"documents": [{"id": "a", "text": "some text"}]}
+    await books.post(f"{BOOKS}/documents", json=documents)
+    body = await put(books, vector("a", 1), vector("b", 1), status=207)
+    assert statuses(body) == ["failed", "indexed"]
+    error = body["data"][0]["error"]
+    assert (error["status"], error["code"], error["param"]) == (
+        409,
+        "id_of_document",
+        "vectors[0].id",
+    )
+    await books.request("DELETE", f"{BOOKS}/documents", json={"ids": ["a"]})
+    assert statuses(await put(books, vector("a", 1))) == ["indexed"]
+
+
+async def test_a_document_replaces_a_raw_vector_of_its_id_and_deletes_reach_it(books):
+    await put(books, vector("a", 1), vector("b", 1))
+    documents = {"documents": [{"id": "a", "text": "some text"}]}
+    answer = await books.post(f"{BOOKS}/documents", json=documents)
+    assert answer.json()["data"][0]["status"] == "indexed"
+    texts = {hit["document"]: hit["text"] for hit in await nearest(books, 1)}
+    assert texts == {"a": "some text", "b": ""}
+    gone = await books.request("DELETE", f"{BOOKS}/documents", json={"ids": ["b"]})
+    assert gone.json()["data"][0]["status"] == "deleted"
+    assert [hit["document"] for hit in await nearest(books, 1)] == ["a"]
+
+
+async def test_a_vector_whose_write_died_half_way_takes_nothing_with_it(books, whole):
+    """Granted and never offered: what was there stays, and a repeat is written."""
+    await put(books, vector("a", 1))
+    whole.upserter.faults["offer"] = IndexUnavailable("Away.", retry_after_s=1)
+    answer = await books.post(URL, json={"vectors": [vector("a", 0, 1)]})
+    assert problem(answer, 503)["code"] == "index_unavailable"
+    assert answer.headers["retry-after"] == "1"
+    whole.upserter.faults.clear()
+    assert (await nearest(books, 1))[0]["score"] == pytest.approx(1)
+    assert (await put(books, vector("a", 0, 1)))["data"][0]["generation"] == 3
+    assert (await nearest(books, 0, 1))[0]["score"] == pytest.approx(1)
+
+
+# --- who may, and what it costs --------------------------------------------------------------
+
+
+async def test_another_tenants_collection_does_not_exist(books, whole):
+    await put(books, vector("a", 1))
+    stranger = await whole.client("other")
+    answer = await stranger.post(URL, json={"vectors": [vector("a", 0, 1)]})
+    assert problem(answer, 404)["code"] == "collection_not_found"
+    assert (await nearest(books, 1))[0]["score"] == pytest.approx(1)
+
+
+async def test_a_write_is_one_request_of_class_bulk_and_no_tokens(whole):
+    client = await whole.client("free")
+    await client.post("/v1/collections", json={"name": "books"})
+    answer = await client.post(URL, json={"vectors": [vector("a", 1), vector("b", 1)]})
+    assert answer.headers["x-ratelimit-remaining-requests"] == "9"
+    assert answer.headers["x-ratelimit-remaining-tokens"] == "200"
+    for _ in range(9):
+        await put(client, vector("a", 1))
+    refused = await client.post(URL, json={"vectors": [vector("a", 1)]})
+    assert problem(refused, 429)["code"] == "tenant_bulk_requests_per_minute"
+
+
+async def test_our_faults_are_refunded(whole):
+    client = await whole.client("free")
+    await client.post("/v1/collections", json={"name": "books"})
+    for port, name, error in (
+        (whole.store, "grant_vectors", StoreUnavailable("Away.")),
+        (whole.upserter, "offer", IndexUnavailable("Away.", retry_after_s=1)),
+    ):
+        port.faults[name] = error
+        answer = await client.post(URL, json={"vectors": [vector("a", 1)]})
+        assert problem(answer, 503)["code"] == error.code
+        assert answer.headers["x-ratelimit-remaining-requests"] == "10"
+        port.faults.clear()
