@@ -108,7 +108,7 @@ class Ingress:
             collections,
             IngestFlow(context, collections, self._store, self._feed),
             SearchFlow(context, collections, embed, index),
-            VectorFlow(context, collections, self._store, upserter=self._upserter),
+            VectorFlow(context, collections, self._store, upserter=self._upserter, index=index),
             OperatorFlow(settings, self._store, self._store, time.time),
             UsageFlow(context, self._store, queues),
             JobFlow(context, collections, self._store, self._store, queues=queues, files=files),

@@ -148,7 +148,7 @@ class Ceiling:
             collections,
             IngestFlow(context, collections, store, self._feed),
             SearchFlow(context, collections, embed, self._index),
-            VectorFlow(context, collections, store, upserter=self._writer),
+            VectorFlow(context, collections, store, upserter=self._writer, index=self._index),
             OperatorFlow(settings, store, store, time.time),
             UsageFlow(context, store, Unreported()),
             JobFlow(context, collections, store, store, queues=Unreported(), files=files),

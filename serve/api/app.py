@@ -37,6 +37,7 @@ CHARGED: tuple[tuple[APIRouter, Klass], ...] = (
     (search.router, "interactive"),
     (documents.router, "bulk"),
     (vectors.router, "bulk"),
+    (vectors.reads, "interactive"),
     (jobs.router, "bulk"),
     (files.router, "bulk"),
     (batches.router, "bulk"),

@@ -1,6 +1,6 @@
 """`/v1/collections/{name}/vectors`: vectors that the user has computed."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Response
 from pydantic import Field, WithJsonSchema
@@ -8,15 +8,19 @@ from pydantic import Field, WithJsonSchema
 from serve.api.documents import LIST_MAX, METADATA_VALUE
 from serve.api.problems import problem_body
 from serve.api.service import DEADLINE_PARAMETER, Asked
-from serve.api.shapes import VectorsWritten
+from serve.api.shapes import VectorList, VectorsWritten
 from serve.api.wire import REF, Body, documented, read, reply, validated
-from serve.content.vectors import SentVector
+from serve.content.vectors import SentVector, in_base64
 from serve.errors import BadInput, ServiceError
 from serve.flows.vectors import VectorResult
+from serve.records import Record
 
 
 router = APIRouter()
 """What is charged at class `bulk`."""
+
+reads = APIRouter()
+"""What is charged at class `interactive`."""
 
 NUMBERS_OR_BASE64 = {
     "anyOf": [
@@ -54,6 +58,16 @@ class VectorsBody(Body):
     ]
 
 
+class FetchBody(Body):
+    """Ids of vectors. Of a document its first chunk is shown."""
+
+    ids: Annotated[
+        list[Annotated[str, Field(min_length=1)]],
+        Field(fail_fast=True, min_length=1, max_length=LIST_MAX),
+    ]
+    encoding_format: Literal["float", "base64"] = "float"
+
+
 @router.post(
     "/v1/collections/{name}/vectors",
     openapi_extra=documented(VectorsBody, DEADLINE_PARAMETER),
@@ -70,6 +84,33 @@ async def write_vectors(name: str, ask: Asked) -> Response:
     failed = sum(result.status == "failed" for result in results)
     shown = [_shown(one, result) for one, result in zip(body.vectors, results, strict=True)]
     return reply({"object": "list", "data": shown, "failed": failed}, 207 if failed else 200)
+
+
+@reads.post(
+    "/v1/collections/{name}/vectors/fetch",
+    openapi_extra=documented(FetchBody, DEADLINE_PARAMETER),
+    responses={200: {"model": VectorList}},
+)
+async def fetch_vectors(name: str, ask: Asked) -> Response:
+    """Vectors by id, in the order of `ids`; `missing` are those that there are not."""
+    body = await read(ask.request, FetchBody)
+    found = await ask.service.vectors.fetch(ask.who, name, body.ids, ask.until)
+    shown = [record_shown(one, base64=body.encoding_format == "base64") for one in found.records]
+    return reply({"object": "list", "data": shown, "missing": found.missing})
+
+
+def record_shown(record: Record, *, base64: bool) -> dict[str, Any]:
+    """A record on the wire, with its vector."""
+    return {
+        "id": record.document,
+        "chunk": record.ordinal,
+        "vector": in_base64(record.vector) if base64 else record.vector,
+        "text": record.text,
+        "start": record.start,
+        "end": record.end,
+        "metadata": dict(record.metadata),
+        "generation": record.generation,
+    }
 
 
 def _sent(item: object, at: int) -> SentVector | ServiceError:

@@ -72,6 +72,11 @@ def decoded(value: object, param: str) -> Vector:
     )
 
 
+def in_base64(row: Vector) -> str:
+    """What `decoded` reads."""
+    return base64.b64encode(row.astype("<f4", copy=False).tobytes()).decode()
+
+
 def _from_base64(text: str, param: str) -> Vector:
     try:
         raw = base64.b64decode(text, validate=True)

@@ -1,4 +1,4 @@
-"""`/v1/collections/{name}/vectors`: vectors that a user has computed.
+"""`/v1/collections/{name}/vectors`: vectors that a user has computed, written, and fetched by id.
 
 A raw vector is a document of one chunk that is not embedded. The Store keeps its generation and nothing
 else of it: a write is answered once the index has it, so there is no item to lose, and what dies
@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from serve.config import Limits
+from serve.content.documents import check_id
 from serve.content.vectors import RawVector, SentVector, checked
 from serve.errors import BadInput, Conflict, IndexUnavailable, ServiceError
 from serve.flows.collections import CollectionFlow
 from serve.flows.context import Context, left, within
 from serve.flows.landing import chunk_id
 from serve.index.checks import vector_problem
-from serve.ports import Upserter, Vectors
+from serve.ports import Index, Upserter, Vectors
 from serve.records import Caller, Collection, Outcome, Record
 
 
@@ -31,11 +32,19 @@ class VectorResult:
     error: ServiceError | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """Records in the order of the ids that were asked for, and the ids that have none."""
+
+    records: Sequence[Record]
+    missing: Sequence[str]
+
+
 class VectorFlow:
     """Raw vectors of one collection of the caller.
 
-    A write counts as a request at class `bulk`. Raises BadInput (names the field), NotFound
-    (collection), QuotaExceeded, DeadlineExceeded.
+    Each call counts as a request: a write at class `bulk`, a fetch at `interactive`. Both raise
+    BadInput (names the field), NotFound (collection), QuotaExceeded, DeadlineExceeded.
     """
 
     def __init__(
@@ -45,6 +54,7 @@ class VectorFlow:
         store: Vectors,
         *,
         upserter: Upserter,
+        index: Index,
     ) -> None:
         self._limits = context.settings.limits
         self._items_max = context.settings.index.max_items
@@ -54,6 +64,7 @@ class VectorFlow:
         self._collections = collections
         self._store = store
         self._upserter = upserter
+        self._index = index
 
     async def write(
         self,
@@ -84,6 +95,27 @@ class VectorFlow:
             results |= {at: _failed(_taken(at)) for at in good.keys() - writes.keys()}
             results |= await self._landed(collection, writes, until)
         return [results[at] for at in range(len(sent))]
+
+    async def fetch(
+        self, caller: Caller, name: str, ids: Sequence[str], until: float | None = None
+    ) -> Fetched:
+        """What the index holds under these ids; of a document its first chunk.
+
+        Also raises IndexUnavailable.
+        """
+        _check_count(len(ids), self._limits, "ids")
+        for position, one in enumerate(ids):
+            check_id(one, f"ids[{position}]", self._limits)
+        admitted = self._quotas.admitted(caller, "interactive", tokens=0, param="ids")
+        async with within(until, self._clock), admitted:
+            collection = await self._collections.find(caller, name)
+            wanted = {one: chunk_id(collection, one, 0) for one in ids}
+            records = await self._index.fetch(collection.uuid, list(wanted.values()))
+        held = {record.id: record for record in records}
+        return Fetched(
+            [held[each] for each in wanted.values() if each in held],
+            [one for one, each in wanted.items() if each not in held],
+        )
 
     async def _granted(
         self, collection: Collection, good: Mapping[int, RawVector]

@@ -424,7 +424,9 @@ class Builder:
             collections,
             IngestFlow(context, collections, ports.store, feed),
             SearchFlow(context, collections, embed, ports.index),
-            VectorFlow(context, collections, ports.store, upserter=ports.upserter),
+            VectorFlow(
+                context, collections, ports.store, upserter=ports.upserter, index=ports.index
+            ),
             OperatorFlow(settings, ports.store, ports.store, self.wall),
             UsageFlow(context, ports.store, ports.queues),
             JobFlow(

@@ -196,6 +196,61 @@ async def test_a_vector_whose_write_died_half_way_takes_nothing_with_it(books, w
     assert (await nearest(books, 0, 1))[0]["score"] == pytest.approx(1)
 
 
+# --- reading ---------------------------------------------------------------------------------
+
+
+async def fetch(client, *ids, **body):
+    answer = await client.post(f"{URL}/fetch", json={"ids": ids, **body})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+async def test_vectors_come_back_as_they_were_sent_in_the_order_that_was_asked(books):
+    await put(books, vector("a", 3, 4, text="t", metadata={"tags": ["x"]}), vector("b", 0.1))
+    body = await fetch(books, "none", "b", "a", "b")
+    assert [one["id"] for one in body["data"]] == ["b", "a"]
+    assert body["missing"] == ["none"]
+    assert body["data"][1] == {
+        "id": "a",
+        "chunk": 0,
+        "vector": row(3, 4),
+        "text": "t",
+        "start": 0,
+        "end": 1,
+        "metadata": {"tags": ["x"]},
+        "generation": 1,
+    }
+    (one,) = (await fetch(books, "b", encoding_format="base64"))["data"]
+    assert one["vector"] == in_base64(row(0.1))
+    again = await put(books, {"id": "c", "vector": one["vector"]})
+    assert statuses(again) == ["indexed"]
+
+
+async def test_of_a_document_the_first_chunk_is_shown(books):
+    text = "water falls through the headrace and " * 3
+    await books.post(f"{BOOKS}/documents", json={"documents": [{"id": "a", "text": text}]})
+    (one,) = (await fetch(books, "a"))["data"]
+    assert (one["chunk"], one["text"]) == (0, text[: one["end"]])
+    assert np.linalg.norm(one["vector"]) == pytest.approx(1, abs=1e-5)
+
+
+async def test_bad_fetches_are_named(start, subtests):
+    whole = await start(limits=Limits(vectors_max=2))
+    client = await whole.client()
+    await client.post("/v1/collections", json={"name": "books"})
+    for body, param in (
+        ({}, "ids"),
+        ({"ids": []}, "ids"),
+        ({"ids": ["a", "b", "c"]}, "ids"),
+        ({"ids": ["a", ""]}, "ids[1]"),
+        ({"ids": ["a", "\n"]}, "ids[1]"),
+        ({"ids": ["a", 1]}, "ids[1]"),
+        ({"ids": ["a"], "encoding_format": "hex"}, "encoding_format"),
+    ):
+        with subtests.test(body=body):
+            assert problem(await client.post(f"{URL}/fetch", json=body))["param"] == param
+
+
 # --- who may, and what it costs --------------------------------------------------------------
 
 
@@ -204,6 +259,10 @@ async def test_another_tenants_collection_does_not_exist(books, whole):
     stranger = await whole.client("other")
     answer = await stranger.post(URL, json={"vectors": [vector("a", 0, 1)]})
     assert problem(answer, 404)["code"] == "collection_not_found"
+    answer = await stranger.post(f"{URL}/fetch", json={"ids": ["a"]})
+    assert problem(answer, 404)["code"] == "collection_not_found"
+    await stranger.post("/v1/collections", json={"name": "books"})
+    assert (await fetch(stranger, "a"))["missing"] == ["a"]
     assert (await nearest(books, 1))[0]["score"] == pytest.approx(1)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from serve.config import Limits
-from serve.content.vectors import SentVector, checked, decoded
+from serve.content.vectors import SentVector, checked, decoded, in_base64
 from serve.errors import BadInput, IndexUnavailable, Overloaded
 from serve.flows.vectors import VectorFlow, _checked
 from serve.records import Collection, Outcome, Record
@@ -28,16 +28,22 @@ def fault(**fields) -> str | None:
     return caught.value.param
 
 
-def in_base64(*values: float, kind: str = "<f4") -> str:
+def in_bytes(*values: float, kind: str = "<f4") -> str:
     return base64.b64encode(np.array(values, kind).tobytes()).decode()
 
 
 def test_numbers_and_base64_are_the_same_row():
-    for value in ([1, -2.5, 1e-3], in_base64(1, -2.5, 1e-3)):
+    for value in ([1, -2.5, 1e-3], in_bytes(1, -2.5, 1e-3)):
         row = decoded(value, "v")
         assert row.dtype == np.float32
         assert row.tolist() == np.array([1, -2.5, 1e-3], np.float32).tolist()
-    assert decoded(in_base64(1.0, kind=">f4"), "v").tolist() != [1.0]  # little-endian
+    assert decoded(in_bytes(1.0, kind=">f4"), "v").tolist() != [1.0]  # little-endian
+
+
+def test_what_is_written_in_base64_is_read_again():
+    for kind in (np.float32, ">f4"):
+        row = np.array([1, -2.5, 3e38], kind)
+        assert decoded(in_base64(row), "v").tolist() == row.tolist()
 
 
 def test_what_is_no_vector_is_named():
@@ -73,7 +79,7 @@ def test_ids_texts_and_metadata_keep_the_rules_of_documents():
 
 def test_what_does_not_fit_the_collection_leaves_the_others_alone():
     beyond = 1e300  # finite as JSON has it, and not as the index does
-    rows = [[1.0, 2.0], [1.0], [1.0, 2.0, 3.0], [0.0, 0.0], [beyond, 1.0], in_base64(np.nan, 1)]
+    rows = [[1.0, 2.0], [1.0], [1.0, 2.0, 3.0], [0.0, 0.0], [beyond, 1.0], in_bytes(np.nan, 1)]
     many = [sent(id=str(at), vector=row) for at, row in enumerate(rows)]
     found = _checked([*many, sent(id="0"), BadInput("No.", param="x")], COLLECTION, LIMITS)
     params = {at: one.param for at, one in found.items() if isinstance(one, BadInput)}
@@ -123,7 +129,7 @@ class Admits:
 def flow(answers: Answers, clock) -> VectorFlow:
     settings = SimpleNamespace(limits=LIMITS, index=SimpleNamespace(max_items=2))
     context = SimpleNamespace(settings=settings, quotas=Admits(), threads=None, clock=clock)
-    return VectorFlow(context, answers, answers, upserter=answers)
+    return VectorFlow(context, answers, answers, upserter=answers, index=None)
 
 
 async def write(answers: Answers, clock, count: int = 4):
