@@ -5,10 +5,18 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Response
 from pydantic import Field, WithJsonSchema
 
-from serve.api.documents import LIST_MAX, METADATA_VALUE
+from serve.api.documents import (
+    ACCEPTED,
+    LIST_MAX,
+    METADATA_VALUE,
+    PARAMETERS,
+    answer,
+    once_each,
+    terms,
+)
 from serve.api.problems import problem_body
 from serve.api.service import DEADLINE_PARAMETER, Asked
-from serve.api.shapes import VectorList, VectorsWritten
+from serve.api.shapes import DocumentsWritten, VectorList, VectorsWritten
 from serve.api.wire import REF, Body, documented, read, reply, validated
 from serve.content.vectors import SentVector, in_base64
 from serve.errors import BadInput, ServiceError
@@ -58,6 +66,15 @@ class VectorsBody(Body):
     ]
 
 
+class EraseBody(Body):
+    """What to delete, by id: raw vectors and documents alike."""
+
+    ids: Annotated[
+        list[Annotated[str, Field(min_length=1)]],
+        Field(fail_fast=True, min_length=1, max_length=LIST_MAX),
+    ]
+
+
 class FetchBody(Body):
     """Ids of vectors. Of a document its first chunk is shown."""
 
@@ -84,6 +101,18 @@ async def write_vectors(name: str, ask: Asked) -> Response:
     failed = sum(result.status == "failed" for result in results)
     shown = [_shown(one, result) for one, result in zip(body.vectors, results, strict=True)]
     return reply({"object": "list", "data": shown, "failed": failed}, 207 if failed else 200)
+
+
+@router.post(
+    "/v1/collections/{name}/vectors/delete",
+    openapi_extra=documented(EraseBody, *PARAMETERS),
+    responses={200: {"model": DocumentsWritten}, 207: {"model": DocumentsWritten}, **ACCEPTED},
+)
+async def delete_vectors(name: str, ask: Asked) -> Response:
+    """Delete vectors and documents by id, durably; one that does not exist is `absent`."""
+    body = await read(ask.request, EraseBody)
+    ids = once_each(ask, body.ids)
+    return answer(await ask.service.ingest.delete(ask.who, name, ids, terms(ask, body)))
 
 
 @reads.post(

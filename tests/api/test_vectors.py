@@ -251,6 +251,60 @@ async def test_bad_fetches_are_named(start, subtests):
             assert problem(await client.post(f"{URL}/fetch", json=body))["param"] == param
 
 
+# --- deleting --------------------------------------------------------------------------------
+
+
+async def erase(client, status=200, wait=None, **body):
+    url = f"{URL}/delete" + (f"?wait={wait}" if wait else "")
+    answer = await client.post(url, json=body)
+    assert answer.status_code == status, answer.text
+    return answer.json()
+
+
+async def test_vectors_and_documents_are_deleted_by_id(books):
+    await put(books, vector("a", 1), vector("b", 1))
+    documents = {"documents": [{"id": "text", "text": "some text"}]}
+    await books.post(f"{BOOKS}/documents", json=documents)
+    body = await erase(books, ids=["a", "none", "text", "a"])
+    assert [(one["id"], one["status"]) for one in body["data"]] == [
+        ("a", "deleted"),
+        ("none", "absent"),
+        ("text", "deleted"),
+    ]
+    assert body["receipt"]["level"] == "indexed"
+    assert [hit["document"] for hit in await nearest(books, 1)] == ["b"]
+    assert (await fetch(books, "a", "b"))["missing"] == ["a"]
+
+
+async def test_a_delete_that_was_accepted_is_not_lost_to_a_later_write(start):
+    """Until it has landed the id is refused: a write that dies half-way would undo it."""
+    whole = await start(working=False)
+    client = await whole.client()
+    await client.post("/v1/collections", json={"name": "books"})
+    await put(client, vector("a", 1))
+    accepted = await erase(client, 202, wait="accepted", ids=["a"])
+    body = await put(client, vector("a", 0, 1), status=207)
+    assert body["data"][0]["error"]["code"] == "id_of_document"
+    await whole.work("worker")
+    seen = await client.get(accepted["status_url"])
+    while not seen.json()["is_complete"]:
+        seen = await client.get(accepted["status_url"])
+    assert (await fetch(client, "a"))["missing"] == ["a"]
+    assert statuses(await put(client, vector("a", 0, 1))) == ["indexed"]
+
+
+async def test_bad_deletes_are_named(books):
+    for body, param in (
+        ({}, "ids"),
+        ({"ids": []}, "ids"),
+        ({"ids": ["a", "\n"]}, "ids[1]"),
+        ({"id": ["a"]}, "ids"),
+    ):
+        assert problem(await books.post(f"{URL}/delete", json=body))["param"] == param
+    answer = await books.post(f"{URL}/delete?wait=searchable", json={"ids": ["a"]})
+    assert problem(answer)["param"] == "wait"
+
+
 # --- who may, and what it costs --------------------------------------------------------------
 
 
@@ -261,7 +315,9 @@ async def test_another_tenants_collection_does_not_exist(books, whole):
     assert problem(answer, 404)["code"] == "collection_not_found"
     answer = await stranger.post(f"{URL}/fetch", json={"ids": ["a"]})
     assert problem(answer, 404)["code"] == "collection_not_found"
+    assert problem(await stranger.post(f"{URL}/delete", json={"ids": ["a"]}), 404)
     await stranger.post("/v1/collections", json={"name": "books"})
+    assert statuses(await erase(stranger, ids=["a"])) == ["absent"]
     assert (await fetch(stranger, "a"))["missing"] == ["a"]
     assert (await nearest(books, 1))[0]["score"] == pytest.approx(1)
 
