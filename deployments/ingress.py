@@ -98,6 +98,7 @@ class Ingress:
         )
         embed = EmbedFlow(context, kept_bytes_max=settings.cache.bytes_max)
         collections = CollectionFlow(context, self._store, self._upserter)
+        ingest = IngestFlow(context, collections, self._store, self._feed)
         queues = LedgerPort(settings)
         blobs = LocalBlobs(Path(settings.data_dir) / settings.files.folder)
         files = FileFlow(context, self._store, blobs)
@@ -106,9 +107,16 @@ class Ingress:
             Door(self._store, settings.admission, clock=time.monotonic, wall=time.time),
             embed,
             collections,
-            IngestFlow(context, collections, self._store, self._feed),
+            ingest,
             SearchFlow(context, collections, embed, index),
-            VectorFlow(context, collections, self._store, upserter=self._upserter, index=index),
+            VectorFlow(
+                context,
+                collections,
+                self._store,
+                upserter=self._upserter,
+                index=index,
+                ingest=ingest,
+            ),
             OperatorFlow(settings, self._store, self._store, time.time),
             UsageFlow(context, self._store, queues),
             JobFlow(context, collections, self._store, self._store, queues=queues, files=files),

@@ -139,6 +139,7 @@ class Ceiling:
         )
         embed = EmbedFlow(context, kept_bytes_max=settings.cache.bytes_max)
         collections = CollectionFlow(context, store, self._writer)
+        ingest = IngestFlow(context, collections, store, self._feed)
         blobs = LocalBlobs(Path(settings.data_dir) / settings.files.folder)
         files = FileFlow(context, store, blobs)
         return Service(
@@ -146,9 +147,11 @@ class Ceiling:
             Door(store, settings.admission, clock=time.monotonic, wall=time.time),
             embed,
             collections,
-            IngestFlow(context, collections, store, self._feed),
+            ingest,
             SearchFlow(context, collections, embed, self._index),
-            VectorFlow(context, collections, store, upserter=self._writer, index=self._index),
+            VectorFlow(
+                context, collections, store, upserter=self._writer, index=self._index, ingest=ingest
+            ),
             OperatorFlow(settings, store, store, time.time),
             UsageFlow(context, store, Unreported()),
             JobFlow(context, collections, store, store, queues=Unreported(), files=files),

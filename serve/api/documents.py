@@ -15,7 +15,7 @@ from serve.api.shapes import DocumentsAccepted, DocumentsWritten
 from serve.api.wire import Body, documented, read, reply
 from serve.content.documents import Document, check_id
 from serve.errors import BadInput
-from serve.flows.ingest import DocumentResult, Level, Taken, Terms
+from serve.flows.ingest import MORE, DocumentResult, Level, Taken, Terms
 
 
 router = APIRouter()
@@ -130,8 +130,9 @@ def answer(taken: Taken) -> Response:
     headers = {"location": f"/v1/jobs/{taken.job.id}"}
     if taken.replayed:
         headers[REPLAYED] = "true"
+    more = {MORE: taken.job.spec[MORE]} if MORE in taken.job.spec else {}
     if taken.level == "accepted":
-        proof = {**receipt(taken.job.id, taken.level, taken.documents), "detail": GOES_ON}
+        proof = {**receipt(taken.job.id, taken.level, taken.documents), "detail": GOES_ON, **more}
         if taken.results:
             proof["data"] = [_shown(result) for result in taken.results]
         return reply(proof, 202, headers)
@@ -142,6 +143,7 @@ def answer(taken: Taken) -> Response:
         "failed": failed,
         "usage": {"total_tokens": sum(result.tokens for result in taken.results)},
         "receipt": receipt(taken.job.id, taken.level, taken.documents),
+        **more,
     }
     return reply(shown, 207 if failed else 200, headers)
 

@@ -160,13 +160,17 @@ class Receipt(Shape):
 
 
 class DocumentsWritten(Shape):
-    """One result a document, in their order; `failed` counts those that failed or were cancelled."""
+    """One result a document, in their order; `failed` counts those that failed or were cancelled.
+
+    `has_more` is there after a delete by filter: whether more than these match.
+    """
 
     object: Literal["list"]
     data: list[DocumentShown]
     failed: int
     usage: IngestUsage
     receipt: Receipt
+    has_more: bool | None = None
 
 
 class DocumentsAccepted(Receipt):
@@ -174,6 +178,7 @@ class DocumentsAccepted(Receipt):
 
     detail: str
     data: list[DocumentShown] | None = None
+    has_more: bool | None = None
 
 
 class VectorWritten(Shape):

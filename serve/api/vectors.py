@@ -3,7 +3,7 @@
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Response
-from pydantic import Field, WithJsonSchema
+from pydantic import ConfigDict, Field, WithJsonSchema
 
 from serve.api.documents import (
     ACCEPTED,
@@ -67,12 +67,20 @@ class VectorsBody(Body):
 
 
 class EraseBody(Body):
-    """What to delete, by id: raw vectors and documents alike."""
+    """What to delete, raw vectors and documents alike: exactly one of `ids` and `filter`."""
 
-    ids: Annotated[
-        list[Annotated[str, Field(min_length=1)]],
-        Field(fail_fast=True, min_length=1, max_length=LIST_MAX),
-    ]
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [{"required": ["ids"]}, {"required": ["filter"]}]}
+    )
+
+    ids: (
+        Annotated[
+            list[Annotated[str, Field(min_length=1)]],
+            Field(fail_fast=True, min_length=1, max_length=LIST_MAX),
+        ]
+        | None
+    ) = None
+    filter: Annotated[dict[str, Any], Field(min_length=1)] | None = None
 
 
 class FetchBody(Body):
@@ -109,10 +117,18 @@ async def write_vectors(name: str, ask: Asked) -> Response:
     responses={200: {"model": DocumentsWritten}, 207: {"model": DocumentsWritten}, **ACCEPTED},
 )
 async def delete_vectors(name: str, ask: Asked) -> Response:
-    """Delete vectors and documents by id, durably; one that does not exist is `absent`."""
+    """Delete vectors and documents by id or by filter, durably; an id that is not there is `absent`.
+
+    By filter up to `limits.documents_max` are deleted at once, and `has_more` says whether more match.
+    """
     body = await read(ask.request, EraseBody)
-    ids = once_each(ask, body.ids)
-    return answer(await ask.service.ingest.delete(ask.who, name, ids, terms(ask, body)))
+    if (body.ids is None) == (body.filter is None):
+        raise BadInput("Give exactly one of ids and filter.", param="ids")
+    asked, flows = terms(ask, body), ask.service
+    if body.filter is not None:
+        return answer(await flows.vectors.delete_matching(ask.who, name, body.filter, asked))
+    ids = once_each(ask, body.ids or ())
+    return answer(await flows.ingest.delete(ask.who, name, ids, asked))
 
 
 @reads.post(

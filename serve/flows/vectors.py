@@ -1,4 +1,5 @@
-"""`/v1/collections/{name}/vectors`: vectors that a user has computed, written, and fetched by id.
+"""`/v1/collections/{name}/vectors`: vectors that a user has computed, written, and
+fetched by id; and deletes by filter, of documents too.
 
 A raw vector is a document of one chunk that is not embedded. The Store keeps its generation and nothing
 else of it: a write is answered once the index has it, so there is no item to lose, and what dies
@@ -9,7 +10,7 @@ half-way, it must not have superseded a write that was accepted.
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from serve.config import Limits
 from serve.content.documents import check_id
@@ -17,10 +18,14 @@ from serve.content.vectors import RawVector, SentVector, checked
 from serve.errors import BadInput, Conflict, IndexUnavailable, ServiceError
 from serve.flows.collections import CollectionFlow
 from serve.flows.context import Context, left, within
+from serve.flows.ingest import MORE, Chosen, IngestFlow, Taken, Terms
+from serve.flows.items import delete_item
 from serve.flows.landing import chunk_id
+from serve.flows.scans import scanned
 from serve.index.checks import vector_problem
+from serve.index.filters import parse
 from serve.ports import Index, Upserter, Vectors
-from serve.records import Caller, Collection, Outcome, Record
+from serve.records import Caller, Collection, Filter, Outcome, Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +45,19 @@ class Fetched:
     missing: Sequence[str]
 
 
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """Generations by document, and whether more documents match."""
+
+    versions: Mapping[str, int]
+    more: bool
+
+
 class VectorFlow:
     """Raw vectors of one collection of the caller.
 
-    Each call counts as a request: a write at class `bulk`, a fetch at `interactive`. Both raise
+    Each call counts as a request: a write or a delete at class `bulk`, a fetch at
+    `interactive`. All raise
     BadInput (names the field), NotFound (collection), QuotaExceeded, DeadlineExceeded.
     """
 
@@ -55,6 +69,7 @@ class VectorFlow:
         *,
         upserter: Upserter,
         index: Index,
+        ingest: IngestFlow,
     ) -> None:
         self._limits = context.settings.limits
         self._items_max = context.settings.index.max_items
@@ -65,6 +80,7 @@ class VectorFlow:
         self._store = store
         self._upserter = upserter
         self._index = index
+        self._ingest = ingest
 
     async def write(
         self,
@@ -116,6 +132,38 @@ class VectorFlow:
             [held[each] for each in wanted.values() if each in held],
             [one for one, each in wanted.items() if each not in held],
         )
+
+    async def delete_matching(
+        self, caller: Caller, name: str, where: Mapping[str, Any], terms: Terms
+    ) -> Taken:
+        """Hand over the deletes of vectors and documents that satisfy a filter, by their metadata.
+
+        Up to `documents_max` at once; `MORE` in the job's `spec` tells whether there are more. What is
+        written meanwhile stays: each delete reaches the version that was seen, and nothing newer.
+        Raises what `IngestFlow.delete` and the index raise, BadInput also for a filter that matches all.
+        """
+        tree = parse(where, terms_max=self._limits.filter_terms_max)
+        if tree is None:
+            raise BadInput("The filter must hold a condition.", param="filter")
+
+        async def matching(collection: Collection) -> Chosen:
+            seen = await self._seen(collection, tree, self._limits.documents_max)
+            items = [delete_item(one, seen.versions[one]) for one in seen.versions]
+            return Chosen(items, {MORE: seen.more})
+
+        return await self._ingest.delete_chosen(caller, name, matching, terms)
+
+    async def _seen(self, collection: Collection, tree: Filter, most: int) -> _Seen:
+        """Up to `most` documents with a record that matches, and the newest generation of those."""
+        versions: dict[str, int] = {}
+        async with scanned(self._index, collection.uuid, tree) as parts:
+            async for part in parts:
+                for record in part:
+                    if len(versions) == most and record.document not in versions:
+                        return _Seen(versions, more=True)
+                    known = versions.get(record.document, 0)
+                    versions[record.document] = max(record.generation, known)
+        return _Seen(versions, more=False)
 
     async def _granted(
         self, collection: Collection, good: Mapping[int, RawVector]

@@ -412,6 +412,7 @@ class Builder:
         embed = EmbedFlow(context, kept_bytes_max=settings.cache.bytes_max)
         collections = CollectionFlow(context, ports.store, ports.upserter)
         feed = Feed(ports.store, self.clock)
+        ingest = IngestFlow(context, collections, ports.store, feed)
         files = FileFlow(context, ports.store, ports.blobs)
 
         async def ready() -> dict[str, bool]:
@@ -422,10 +423,15 @@ class Builder:
             Door(ports.store, settings.admission, clock=self.clock, wall=self.wall),
             embed,
             collections,
-            IngestFlow(context, collections, ports.store, feed),
+            ingest,
             SearchFlow(context, collections, embed, ports.index),
             VectorFlow(
-                context, collections, ports.store, upserter=ports.upserter, index=ports.index
+                context,
+                collections,
+                ports.store,
+                upserter=ports.upserter,
+                index=ports.index,
+                ingest=ingest,
             ),
             OperatorFlow(settings, ports.store, ports.store, self.wall),
             UsageFlow(context, ports.store, ports.queues),

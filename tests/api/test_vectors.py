@@ -293,12 +293,84 @@ async def test_a_delete_that_was_accepted_is_not_lost_to_a_later_write(start):
     assert statuses(await put(client, vector("a", 0, 1))) == ["indexed"]
 
 
+async def test_a_filter_deletes_what_matches_of_vectors_and_documents(books):
+    years = {"a": 1950, "b": 1990, "c": 2020}
+    await put(books, *(vector(one, 1, metadata={"year": year}) for one, year in years.items()))
+    long = {"id": "text", "text": "water falls and " * 10, "metadata": {"year": 1900}}
+    await books.post(f"{BOOKS}/documents", json={"documents": [long]})
+    body = await erase(books, filter={"year": {"$lt": 2000}})
+    assert {one["id"]: one["status"] for one in body["data"]} == dict.fromkeys(
+        ("a", "b", "text"), "deleted"
+    )
+    assert body["has_more"] is False
+    assert (await books.get(BOOKS)).json()["records"] == 1
+    again = await erase(books, filter={"year": {"$lt": 2000}})
+    assert (again["data"], again["has_more"], again["receipt"]["level"]) == ([], False, "indexed")
+
+
+async def test_a_filter_deletes_so_many_at_once_and_says_that_there_are_more(start):
+    whole = await start(limits=Limits(documents_max=2))
+    client = await whole.client()
+    await client.post("/v1/collections", json={"name": "books"})
+    await put(client, *(vector(str(n), 1, metadata={"old": True}) for n in range(5)))
+    accepted = await erase(client, 202, wait="accepted", filter={"old": True})
+    assert (accepted["documents"], accepted["has_more"]) == (2, True)
+    left = [5]
+    while left[-1]:
+        body = await erase(client, filter={"old": True})
+        left.append((await client.get(BOOKS)).json()["records"])
+        assert body["has_more"] is (left[-1] > 0)
+    assert len(left) <= 4
+
+
+async def test_a_filter_spares_what_was_written_after_it_was_read(books, whole, monkeypatch):
+    await put(books, vector("a", 1, metadata={"year": 1950}), vector("b", 1, metadata={"year": 1}))
+    scan = type(whole.index).scan
+
+    async def slowly(index, ns, where=None):
+        async for part in scan(index, ns, where):
+            yield part
+        await put(books, vector("a", 0, 1, metadata={"year": 2020}))
+
+    monkeypatch.setattr(type(whole.index), "scan", slowly)
+    body = await erase(books, filter={"year": {"$lt": 2000}})
+    assert sorted(statuses(body)) == ["deleted", "deleted"]
+    found = await fetch(books, "a", "b")
+    assert [one["metadata"] for one in found["data"]] == [{"year": 2020}]
+    assert found["missing"] == ["b"]
+
+
+async def test_a_filter_reaches_what_an_unfinished_write_was_to_replace(books, whole):
+    await put(books, vector("a", 1, metadata={"old": True}))
+    whole.upserter.faults["offer"] = IndexUnavailable("Away.", retry_after_s=1)
+    await books.post(URL, json={"vectors": [vector("a", 0, 1)]})
+    whole.upserter.faults.clear()
+    assert statuses(await erase(books, filter={"old": True})) == ["deleted"]
+    assert (await fetch(books, "a"))["missing"] == ["a"]
+    assert statuses(await put(books, vector("a", 1))) == ["indexed"]
+
+
+async def test_a_delete_by_filter_is_repeated_by_its_key(books):
+    await put(books, vector("a", 1, metadata={"old": True}))
+    headers, body = {"idempotency-key": "k"}, {"filter": {"old": True}}
+    first = await books.post(f"{URL}/delete", json=body, headers=headers)
+    await put(books, vector("b", 1, metadata={"old": True}))
+    again = await books.post(f"{URL}/delete", json=body, headers=headers)
+    assert again.headers["idempotent-replayed"] == "true"
+    assert again.json() == first.json()
+    assert (await fetch(books, "b"))["missing"] == []
+
+
 async def test_bad_deletes_are_named(books):
     for body, param in (
+        ({"ids": ["a"], "filter": {"a": 1}}, "ids"),
+        ({"filter": {}}, "filter"),
+        ({"filter": {"year": {"$near": 1}}}, "filter.year.$near"),
+        ({"filter": "all"}, "filter"),
         ({}, "ids"),
         ({"ids": []}, "ids"),
         ({"ids": ["a", "\n"]}, "ids[1]"),
-        ({"id": ["a"]}, "ids"),
+        ({"id": ["a"]}, "id"),
     ):
         assert problem(await books.post(f"{URL}/delete", json=body))["param"] == param
     answer = await books.post(f"{URL}/delete?wait=searchable", json={"ids": ["a"]})
@@ -316,7 +388,9 @@ async def test_another_tenants_collection_does_not_exist(books, whole):
     answer = await stranger.post(f"{URL}/fetch", json={"ids": ["a"]})
     assert problem(answer, 404)["code"] == "collection_not_found"
     assert problem(await stranger.post(f"{URL}/delete", json={"ids": ["a"]}), 404)
+    assert problem(await stranger.post(f"{URL}/delete", json={"filter": {"a": 1}}), 404)
     await stranger.post("/v1/collections", json={"name": "books"})
+    assert (await erase(stranger, filter={"a": {"$exists": False}}))["data"] == []
     assert statuses(await erase(stranger, ids=["a"])) == ["absent"]
     assert (await fetch(stranger, "a"))["missing"] == ["a"]
     assert (await nearest(books, 1))[0]["score"] == pytest.approx(1)

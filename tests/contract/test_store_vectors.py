@@ -5,7 +5,7 @@ from itertools import count
 import pytest
 
 from serve.errors import BadInput, NotFound
-from serve.items import Job, NewItem, Settlement, Task, new_id
+from serve.items import VERSION, Job, NewItem, Settlement, Task, new_id
 from serve.records import Collection
 
 
@@ -22,9 +22,12 @@ async def uuid(store) -> str:
     return (await store.create_collection(op(), made)).uuid
 
 
-async def accept(store, uuid: str, *names: str, task: Task = "document") -> str:
+async def accept(
+    store, uuid: str, *names: str, task: Task = "document", version: int | None = None
+) -> str:
     job = Job(new_id("job", 5.25), "acme", "k", "documents", "bulk", 1.0, 5.25, collection=uuid)
-    items = [NewItem(name, task, "embed", 1.0, {}, sha256="abc") for name in names]
+    payload = {} if version is None else {VERSION: version}
+    items = [NewItem(name, task, "embed", 1.0, payload, sha256="abc") for name in names]
     await store.submit_job(op(), job, items)
     return job.id
 
@@ -101,3 +104,54 @@ async def test_nothing_is_granted_in_a_collection_that_is_gone(store, uuid):
 async def test_an_id_is_there_once(store, uuid):
     with pytest.raises(BadInput):
         await store.grant_vectors(uuid, ["a", "a"])
+
+
+# Deletes of a version
+
+
+async def test_the_delete_of_the_newest_version_is_a_delete(store, uuid):
+    await accept(store, uuid, "a")
+    await settle_all(store, 2)
+    job = await accept(store, uuid, "a", task="delete", version=1)
+    assert await states(store, job) == {"a": ("ready", 2)}
+    epoch = await store.take_epoch("w", 1)
+    assert await store.superseded("w", epoch, uuid, {"a": 1}) == {"a"}
+
+
+async def test_the_delete_of_an_older_version_leaves_the_newer_one_alone(store, uuid):
+    await accept(store, uuid, "a")
+    await settle_all(store, 3)
+    newer = await accept(store, uuid, "a", "b")
+    assert await states(store, newer) == {"a": ("skipped", 1), "b": ("ready", 1)}
+    await accept(store, uuid, "b")  # generation 2
+    job = await accept(store, uuid, "b", task="delete", version=1)
+    assert await states(store, job) == {"b": ("ready", 1)}
+    epoch = await store.take_epoch("w", 1)
+    assert await store.superseded("w", epoch, uuid, {"b": 2}) == frozenset()
+    items = (await store.claim("w", "embed", 500, 1e9, 0.0)).items
+    found = {(item.task, item.generation): item.superseded for item in items}
+    assert found == {("document", 1): True, ("document", 2): False, ("delete", 1): False}
+    await store.settle([Settlement(items[-1].id, items[-1].lease, "done", chunks=0)])
+    assert await store.superseded("w", epoch, uuid, {"b": 2}) == frozenset()
+
+
+async def test_the_delete_of_a_version_finishes_a_delete_that_was_cut_off(store, uuid):
+    await accept(store, uuid, "a")
+    await settle_all(store, 2)
+    await accept(store, uuid, "a", task="delete")  # generation 2, and its worker died
+    job = await accept(store, uuid, "a", task="delete", version=1)
+    assert await states(store, job) == {"a": ("ready", 3)}
+    items = (await store.claim("w", "embed", 500, 1e9, 0.0)).items
+    assert [(item.generation, item.chunks_max, item.superseded) for item in items] == [
+        (2, 2, True),
+        (3, 2, False),
+    ]
+
+
+async def test_the_delete_of_a_version_in_a_collection_that_is_gone_is_superseded(store, uuid):
+    await accept(store, uuid, "a", "a2")
+    await accept(store, uuid, "a")
+    await accept(store, uuid, "a", task="delete", version=1)
+    await store.delete_collection(op(), "acme", "docs")
+    items = (await store.claim("w", "embed", 500, 1e9, 0.0)).items
+    assert all(item.superseded for item in items)

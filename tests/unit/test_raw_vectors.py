@@ -129,7 +129,7 @@ class Admits:
 def flow(answers: Answers, clock) -> VectorFlow:
     settings = SimpleNamespace(limits=LIMITS, index=SimpleNamespace(max_items=2))
     context = SimpleNamespace(settings=settings, quotas=Admits(), threads=None, clock=clock)
-    return VectorFlow(context, answers, answers, upserter=answers, index=None)
+    return VectorFlow(context, answers, answers, upserter=answers, index=None, ingest=None)
 
 
 async def write(answers: Answers, clock, count: int = 4):
