@@ -16,7 +16,8 @@ from serve.api.documents import (
 )
 from serve.api.problems import problem_body
 from serve.api.service import DEADLINE_PARAMETER, Asked
-from serve.api.shapes import DocumentsWritten, VectorList, VectorsWritten
+from serve.api.shapes import DocumentsWritten
+from serve.api.vector_shapes import VectorList, VectorsWritten
 from serve.api.wire import REF, Body, documented, read, reply, validated
 from serve.content.vectors import SentVector, in_base64
 from serve.errors import BadInput, ServiceError

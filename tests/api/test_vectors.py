@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from serve.config import Limits
-from serve.errors import IndexUnavailable, StoreUnavailable
+from serve.errors import IndexUnavailable, NotFound, StoreUnavailable
 
 
 BOOKS = "/v1/collections/books"
@@ -375,6 +375,39 @@ async def test_bad_deletes_are_named(books):
         assert problem(await books.post(f"{URL}/delete", json=body))["param"] == param
     answer = await books.post(f"{URL}/delete?wait=searchable", json={"ids": ["a"]})
     assert problem(answer)["param"] == "wait"
+
+
+# --- stats -----------------------------------------------------------------------------------
+
+
+async def test_stats_say_what_a_collection_holds(books, whole, monkeypatch):
+    await put(books, vector("a", 1), vector("b", 1))
+    stats = (await books.get(f"{BOOKS}/stats")).json()
+    revision = (await books.get(BOOKS)).json()["revision"]
+    assert stats == {
+        "object": "collection.stats",
+        "name": "books",
+        "model": "plain",
+        "revision": revision,
+        "served_revision": revision,
+        "dimensions": 16,
+        "records": 2,
+        "vector_bytes": 128,
+    }
+    stranger = await whole.client("other")
+    assert problem(await stranger.get(f"{BOOKS}/stats"), 404)["code"] == "collection_not_found"
+
+
+async def test_raw_vectors_outlive_their_collections_model(books, whole, monkeypatch):
+    await put(books, vector("a", 1))
+
+    def gone(*_, **__):
+        raise NotFound("No such model.", param="model")
+
+    monkeypatch.setattr(type(whole.service.context.models), "find", gone)
+    assert (await books.get(f"{BOOKS}/stats")).json()["served_revision"] is None
+    assert statuses(await put(books, vector("b", 1))) == ["indexed"]
+    assert len(await nearest(books, 1)) == 2
 
 
 # --- who may, and what it costs --------------------------------------------------------------
