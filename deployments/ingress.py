@@ -28,6 +28,7 @@ from serve.flows.batch import BatchFlow
 from serve.flows.collections import CollectionFlow
 from serve.flows.context import Context
 from serve.flows.embed import EmbedFlow
+from serve.flows.exports import ExportFlow
 from serve.flows.feed import Feed
 from serve.flows.files import FileFlow
 from serve.flows.ingest import IngestFlow
@@ -117,6 +118,7 @@ class Ingress:
                 index=index,
                 ingest=ingest,
             ),
+            ExportFlow(context, collections, index),
             OperatorFlow(settings, self._store, self._store, time.time),
             UsageFlow(context, self._store, queues),
             JobFlow(context, collections, self._store, self._store, queues=queues, files=files),

@@ -35,6 +35,7 @@ from serve.flows.collections import CollectionFlow
 from serve.flows.context import Context
 from serve.flows.document_work import DocumentWork
 from serve.flows.embed import EmbedFlow
+from serve.flows.exports import ExportFlow
 from serve.flows.feed import Feed
 from serve.flows.files import FileFlow
 from serve.flows.ingest import IngestFlow
@@ -152,6 +153,7 @@ class Ceiling:
             VectorFlow(
                 context, collections, store, upserter=self._writer, index=self._index, ingest=ingest
             ),
+            ExportFlow(context, collections, self._index),
             OperatorFlow(settings, store, store, time.time),
             UsageFlow(context, store, Unreported()),
             JobFlow(context, collections, store, store, queues=Unreported(), files=files),

@@ -18,6 +18,7 @@ from serve.flows.batch import BatchFlow
 from serve.flows.collections import CollectionFlow
 from serve.flows.context import Context, Timing
 from serve.flows.embed import EmbedFlow
+from serve.flows.exports import ExportFlow
 from serve.flows.feed import Feed
 from serve.flows.files import FileFlow
 from serve.flows.ingest import IngestFlow
@@ -42,6 +43,7 @@ class Service:
     ingest: IngestFlow
     search: SearchFlow
     vectors: VectorFlow
+    exports: ExportFlow
     operators: OperatorFlow
     usage: UsageFlow
     jobs: JobFlow

@@ -103,6 +103,14 @@ def words(request: Request, name: str, allowed: tuple[Word, ...]) -> list[Word]:
     return found
 
 
+def choice(request: Request, name: str, allowed: tuple[str, ...]) -> str:
+    """A query parameter that is one of `allowed`; the first unless it is given. Raises BadInput."""
+    given = request.query_params.getlist(name) or [allowed[0]]
+    if len(given) > 1 or given[0] not in allowed:
+        raise BadInput(f"{name} must be one of: {', '.join(allowed)}.", param=name)
+    return given[0]
+
+
 def refuse_nul(request: Request) -> None:
     """Raises BadInput that names the path or the query parameter."""
     if NUL in request.scope["path"]:

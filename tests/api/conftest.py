@@ -46,6 +46,7 @@ from serve.flows.collections import CollectionFlow
 from serve.flows.context import Context
 from serve.flows.document_work import DocumentWork
 from serve.flows.embed import EmbedFlow
+from serve.flows.exports import ExportFlow
 from serve.flows.feed import Feed
 from serve.flows.files import FileFlow
 from serve.flows.ingest import IngestFlow
@@ -433,6 +434,7 @@ class Builder:
                 index=ports.index,
                 ingest=ingest,
             ),
+            ExportFlow(context, collections, ports.index),
             OperatorFlow(settings, ports.store, ports.store, self.wall),
             UsageFlow(context, ports.store, ports.queues),
             JobFlow(
