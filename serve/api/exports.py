@@ -1,25 +1,31 @@
 """`GET /v1/collections/{name}/export`: all that a collection holds, as a stream."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
 import orjson
 from fastapi import APIRouter, Response
 
-from serve.api.service import Ask, Asked
+from serve.api.service import Asked
 from serve.api.sse import CheckedStream
 from serve.api.vectors import record_shown
 from serve.api.wire import choice, query
-from serve.records import Collection
+from serve.records import Collection, Record
 
 
 router = APIRouter()
 
-FORMATS = ("jsonl",)
+PARQUET = "application/vnd.apache.parquet"
+FORMATS = ("jsonl", "parquet")
 ENCODINGS = ("float", "base64")
 SENT: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"application/jsonl": {"schema": {"type": "string"}}}}
+    200: {
+        "content": {
+            "application/jsonl": {"schema": {"type": "string"}},
+            PARQUET: {"schema": {"type": "string", "format": "binary"}},
+        }
+    }
 }
 LINE = orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
 
@@ -30,33 +36,39 @@ LINE = orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
     response_class=CheckedStream,
     openapi_extra={
         "parameters": [
-            query("format", "`jsonl` (default)."),
-            query("encoding_format", "Of the vectors: `float` (default) or `base64`."),
+            query("format", "`jsonl` (default) or `parquet`."),
+            query("encoding_format", "Of the vectors in JSON: `float` (default) or `base64`."),
         ]
     },
     responses=SENT,
 )
 async def export(name: str, ask: Asked) -> Response:
-    """Every record of a collection, a line of JSON each; the last line says how many there were.
+    """Every record of a collection: a line of JSON each, or one Parquet file.
 
-    An export without that last line is not whole.
+    The last line says how many there were. An export without it, or without Parquet's footer, is not whole.
     """
-    choice(ask.request, "format", FORMATS)
+    wanted = choice(ask.request, "format", FORMATS)
     base64 = choice(ask.request, "encoding_format", ENCODINGS) == "base64"
-    collection = await ask.service.exports.begin(ask.who, name)
+    collection, flow = await ask.service.exports.begin(ask.who, name), ask.service.exports
+
+    def pieces(until: float) -> AsyncGenerator[bytes, None]:
+        if wanted == "parquet":
+            return flow.parquet(collection, until)
+        return _lines(flow.records(collection, until), base64=base64)
+
     return CheckedStream(
-        ask.service.exports.places.open(ask.who.tenant),
-        lambda until: _lines(ask, collection, until, base64=base64),
-        headers=_headers(collection, "jsonl"),
-        media_type="application/jsonl",
+        flow.places.open(ask.who.tenant),
+        pieces,
+        headers=_headers(collection, wanted),
+        media_type=PARQUET if wanted == "parquet" else "application/jsonl",
     )
 
 
 async def _lines(
-    ask: Ask, collection: Collection, until: float, *, base64: bool
+    records: AsyncGenerator[Sequence[Record], None], *, base64: bool
 ) -> AsyncGenerator[bytes, None]:
     count = 0
-    async with aclosing(ask.service.exports.records(collection, until)) as parts:
+    async with aclosing(records) as parts:
         async for some in parts:
             count += len(some)
             shown = (record_shown(one, base64=base64) for one in some)

@@ -1,7 +1,10 @@
 """`GET /v1/collections/{name}/export`: all of a collection, to its owner only, and how faults show."""
 
 import base64
+import io
 import json
+import operator
+import sys
 
 import numpy as np
 import pytest
@@ -76,6 +79,29 @@ async def test_what_was_exported_can_be_written_again(books):
     again = {name: one[name] for name in ("id", "vector", "text", "metadata")}
     answer = await books.post("/v1/collections/copy/vectors", json={"vectors": [again]})
     assert answer.json()["data"][0]["status"] == "indexed"
+
+
+async def test_parquet_holds_the_same(books, monkeypatch):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(exports, "GROUP_BYTES", 1)
+    monkeypatch.setattr(exports, "SLICE_FLOATS", 32)
+    answer = await books.get(f"{URL}?format=parquet")
+    assert answer.headers["content-type"] == "application/vnd.apache.parquet"
+    assert answer.headers["content-disposition"] == 'attachment; filename="books.parquet"'
+    file = parquet.ParquetFile(io.BytesIO(answer.content))
+    assert file.num_row_groups > 1
+    *expected, _ = await lines(books)
+    found = [{**one, "metadata": json.loads(one["metadata"])} for one in file.read().to_pylist()]
+    key = operator.itemgetter("id", "chunk")
+    for one, other in zip(sorted(found, key=key), sorted(expected, key=key), strict=True):
+        assert one.pop("vector") == pytest.approx(other.pop("vector"))
+        assert one == other
+
+
+async def test_parquet_without_pyarrow_is_refused(books, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    answer = await books.get(f"{URL}?format=parquet")
+    assert problem(answer, 400)["param"] == "format"
 
 
 async def test_an_empty_collection_is_its_last_line(client):
