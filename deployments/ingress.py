@@ -28,6 +28,7 @@ from serve.flows.batch import BatchFlow
 from serve.flows.collections import CollectionFlow
 from serve.flows.context import Context
 from serve.flows.embed import EmbedFlow
+from serve.flows.erasure import EraseFlow
 from serve.flows.exports import ExportFlow
 from serve.flows.feed import Feed
 from serve.flows.files import FileFlow
@@ -120,6 +121,13 @@ class Ingress:
             ),
             ExportFlow(context, collections, index),
             OperatorFlow(settings, self._store, self._store, time.time),
+            EraseFlow(
+                self._store,
+                upserter=self._upserter,
+                index=index,
+                blobs=blobs,
+                wait_s=settings.limits.deadline_s_max,
+            ),
             UsageFlow(context, self._store, queues),
             JobFlow(context, collections, self._store, self._store, queues=queues, files=files),
             self._feed,

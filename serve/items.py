@@ -332,6 +332,16 @@ class Effort:
 
 
 @dataclass(frozen=True, slots=True)
+class Erased:
+    """What one call has removed of a tenant; `more`: call again."""
+
+    jobs: int = 0
+    items: int = 0
+    webhooks: int = 0
+    more: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class StageCount:
     """Items of a job in one stage and state."""
 

@@ -310,8 +310,11 @@ class Collections(Protocol):
         """Mark it deleted: from now on it is found by nobody; returns what it was."""
         ...
 
-    async def purge_collection(self, uuid: str) -> None:
-        """Forget a deleted collection and its documents, after the index dropped it."""
+    async def purge_collection(self, uuid: str) -> int:
+        """Forget a deleted collection and its documents, after the index dropped it.
+
+        Returns how many documents there were.
+        """
         ...
 
     async def deleted_collections(self) -> Sequence[Collection]:

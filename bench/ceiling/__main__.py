@@ -35,6 +35,7 @@ from serve.flows.collections import CollectionFlow
 from serve.flows.context import Context
 from serve.flows.document_work import DocumentWork
 from serve.flows.embed import EmbedFlow
+from serve.flows.erasure import EraseFlow
 from serve.flows.exports import ExportFlow
 from serve.flows.feed import Feed
 from serve.flows.files import FileFlow
@@ -155,6 +156,13 @@ class Ceiling:
             ),
             ExportFlow(context, collections, self._index),
             OperatorFlow(settings, store, store, time.time),
+            EraseFlow(
+                store,
+                upserter=self._writer,
+                index=self._index,
+                blobs=blobs,
+                wait_s=settings.limits.deadline_s_max,
+            ),
             UsageFlow(context, store, Unreported()),
             JobFlow(context, collections, store, store, queues=Unreported(), files=files),
             self._feed,

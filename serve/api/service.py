@@ -18,6 +18,7 @@ from serve.flows.batch import BatchFlow
 from serve.flows.collections import CollectionFlow
 from serve.flows.context import Context, Timing
 from serve.flows.embed import EmbedFlow
+from serve.flows.erasure import EraseFlow
 from serve.flows.exports import ExportFlow
 from serve.flows.feed import Feed
 from serve.flows.files import FileFlow
@@ -45,6 +46,7 @@ class Service:
     vectors: VectorFlow
     exports: ExportFlow
     operators: OperatorFlow
+    erasure: EraseFlow
     usage: UsageFlow
     jobs: JobFlow
     feed: Feed
@@ -102,6 +104,7 @@ class Order:
 
     request: Request
     operators: OperatorFlow
+    erasure: EraseFlow
     by: str
 
 
@@ -123,7 +126,7 @@ async def order(ask: Annotated[Ask, Depends(ask)]) -> Order:
     """What an operator asks. Raises Unauthorized, Forbidden."""
     require_admin(ask.who)
     key_id, _ = parse(ask.request.headers.get("authorization"))
-    return Order(ask.request, ask.service.operators, f"key:{key_id}")
+    return Order(ask.request, ask.service.operators, ask.service.erasure, f"key:{key_id}")
 
 
 Served = Annotated[Service, Depends(service)]

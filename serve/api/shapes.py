@@ -329,6 +329,28 @@ class TenantList(Shape):
     data: list[TenantShown]
 
 
+class Removed(Shape):
+    """How much of each. `documents` and raw vectors that were not deleted before."""
+
+    keys: int
+    collections: int
+    documents: int
+    records: int
+    jobs: int
+    items: int
+    files: int
+    file_bytes: int
+    webhooks: int
+
+
+class TenantErased(Shape):
+    """What is no longer kept of a tenant."""
+
+    object: Literal["tenant.data"]
+    tenant: str
+    removed: Removed
+
+
 class AuditShown(Shape):
     """One change: `detail` holds what is `new` and what was `old`."""
 

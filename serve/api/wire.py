@@ -103,12 +103,13 @@ def words(request: Request, name: str, allowed: tuple[Word, ...]) -> list[Word]:
     return found
 
 
-def choice(request: Request, name: str, allowed: tuple[str, ...]) -> str:
+def choice(request: Request, name: str, allowed: tuple[Word, ...]) -> Word:
     """A query parameter that is one of `allowed`; the first unless it is given. Raises BadInput."""
-    given = request.query_params.getlist(name) or [allowed[0]]
-    if len(given) > 1 or given[0] not in allowed:
+    given = request.query_params.getlist(name)
+    found = [word for word in allowed if given == [word]] if given else [*allowed[:1]]
+    if not found:
         raise BadInput(f"{name} must be one of: {', '.join(allowed)}.", param=name)
-    return given[0]
+    return found[0]
 
 
 def refuse_nul(request: Request) -> None:

@@ -120,7 +120,8 @@ def add_items(
     tenants.hold(conn, tenant)
     book = Book(conn, now)
     book.open([job_id])
-    if book[job_id].state != "validating":
+    job = book.find(job_id)
+    if job is None or job.state != "validating":  # None: erased, since its item was read
         return False
     found = conn.execute(_THERE, {"job": job_id, "first": start, "end": start + len(new)})
     there = frozenset(found.scalars())

@@ -46,6 +46,7 @@ from serve.flows.collections import CollectionFlow
 from serve.flows.context import Context
 from serve.flows.document_work import DocumentWork
 from serve.flows.embed import EmbedFlow
+from serve.flows.erasure import EraseFlow
 from serve.flows.exports import ExportFlow
 from serve.flows.feed import Feed
 from serve.flows.files import FileFlow
@@ -436,6 +437,13 @@ class Builder:
             ),
             ExportFlow(context, collections, ports.index),
             OperatorFlow(settings, ports.store, ports.store, self.wall),
+            EraseFlow(
+                ports.store,
+                upserter=ports.upserter,
+                index=ports.index,
+                blobs=ports.blobs,
+                wait_s=settings.limits.deadline_s_max,
+            ),
             UsageFlow(context, ports.store, ports.queues),
             JobFlow(
                 context, collections, ports.store, ports.store, queues=ports.queues, files=files
