@@ -44,7 +44,7 @@ class Limits(Section):
         1000, ge=1, le=10_000, description="Raw vectors written, or fetched, by one request."
     )
     vector_text_chars_max: int = Field(
-        65_536, ge=0, le=10**6, description="Characters of the text that comes with a raw vector."
+        16_384, ge=0, le=10**6, description="Characters of the text that comes with a raw vector."
     )
     collections_max: int = Field(1000, ge=1, le=100_000, description="Collections of one tenant.")
     top_k_max: int = Field(1000, ge=1, le=10_000, description="Results of one search.")

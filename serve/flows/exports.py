@@ -5,7 +5,7 @@ collection and however slow its reader.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 
 from serve.errors import DeadlineExceeded
@@ -18,11 +18,10 @@ from serve.ports import VectorIndex
 from serve.records import Caller, Collection, Record
 
 
-SLICE_FLOATS = 65_536
-"""Numbers of the records that are given at once: to write them as JSON takes about 3 ms, in which the
-replica does nothing else.
+SLICE_BYTES = 256 * 1024
+"""Estimated bytes of the records that are given at once: to write their 65,536 numbers as JSON takes
+about 3 ms, in which the replica does nothing else.
 """
-
 
 GROUP_BYTES = 4 * 2**20
 """Estimated bytes of a row group: an export as Parquet holds some three times that. Groups of a few
@@ -58,13 +57,12 @@ class ExportFlow:
         Raises IndexUnavailable, and DeadlineExceeded at `until` on the loop's clock.
         """
         loop = asyncio.get_running_loop()
-        rows = max(1, SLICE_FLOATS // collection.dimensions)
         async with scanned(self._index, collection.uuid) as parts:
             async for part in parts:
-                for start in range(0, len(part), rows):
+                for some in _slices(part):
                     if loop.time() >= until:
                         raise DeadlineExceeded("The export took too long.")
-                    yield part[start : start + rows]
+                    yield some
                     await asyncio.sleep(0)  # a reader who takes all at once never makes us wait
 
     async def parquet(self, collection: Collection, until: float) -> AsyncGenerator[bytes, None]:
@@ -82,6 +80,18 @@ class ExportFlow:
         if group:
             yield await asyncio.to_thread(file.add, group)
         yield await asyncio.to_thread(file.end)
+
+
+def _slices(part: Sequence[Record]) -> Iterator[Sequence[Record]]:
+    """A part in slices of about `SLICE_BYTES`; one record at least."""
+    start = size = 0
+    for at, record in enumerate(part):
+        size += _size(record)
+        if size >= SLICE_BYTES:
+            yield part[start : at + 1]
+            start, size = at + 1, 0
+    if start < len(part):
+        yield part[start:]
 
 
 def _size(record: Record) -> int:

@@ -67,7 +67,7 @@ async def test_every_record_is_a_line_and_the_last_one_counts_them(books, monkey
     assert by_id["b\u2028", 0]["vector"] == pytest.approx(row(0.1))
     chunk = by_id["doc", 1]
     assert chunk["text"] == TEXT[chunk["start"] : chunk["end"]]
-    monkeypatch.setattr(exports, "SLICE_FLOATS", 1)  # a record at a time
+    monkeypatch.setattr(exports, "SLICE_BYTES", 1)  # a record at a time
     assert await lines(books) == whole
 
 
@@ -84,7 +84,7 @@ async def test_what_was_exported_can_be_written_again(books):
 async def test_parquet_holds_the_same(books, monkeypatch):
     parquet = pytest.importorskip("pyarrow.parquet")
     monkeypatch.setattr(exports, "GROUP_BYTES", 1)
-    monkeypatch.setattr(exports, "SLICE_FLOATS", 32)
+    monkeypatch.setattr(exports, "SLICE_BYTES", 300)
     answer = await books.get(f"{URL}?format=parquet")
     assert answer.headers["content-type"] == "application/vnd.apache.parquet"
     assert answer.headers["content-disposition"] == 'attachment; filename="books.parquet"'

@@ -52,7 +52,7 @@ def soon() -> float:
 
 
 async def test_a_part_is_read_when_the_one_before_was_taken(monkeypatch):
-    monkeypatch.setattr(exports, "SLICE_FLOATS", 4)
+    monkeypatch.setattr(exports, "SLICE_BYTES", 2 * exports._size(records(1)[0]))
     index = Index(records(1, 2, 3), [], records(4))
     some = flow(index).records(COLLECTION, soon())
     seen = []
