@@ -56,9 +56,8 @@ class _Seen:
 class VectorFlow:
     """Raw vectors of one collection of the caller.
 
-    Each call counts as a request: a write or a delete at class `bulk`, a fetch at
-    `interactive`. All raise
-    BadInput (names the field), NotFound (collection), QuotaExceeded, DeadlineExceeded.
+    Each call counts as a request: a write or a delete at class `bulk`, a fetch at `interactive`. All
+    raise BadInput (names the field), NotFound (collection), QuotaExceeded, DeadlineExceeded.
     """
 
     def __init__(
