@@ -28,6 +28,8 @@ from serve.flows.batch import BatchFlow
 from serve.flows.collections import CollectionFlow
 from serve.flows.context import Context
 from serve.flows.embed import EmbedFlow
+from serve.flows.erasure import EraseFlow
+from serve.flows.exports import ExportFlow
 from serve.flows.feed import Feed
 from serve.flows.files import FileFlow
 from serve.flows.ingest import IngestFlow
@@ -37,6 +39,7 @@ from serve.flows.operators import OperatorFlow
 from serve.flows.search import SearchFlow
 from serve.flows.streams import Streams
 from serve.flows.usage import UsageFlow
+from serve.flows.vectors import VectorFlow
 from serve.flows.webhooks import WebhookFlow
 from serve.ports import Index
 
@@ -97,6 +100,7 @@ class Ingress:
         )
         embed = EmbedFlow(context, kept_bytes_max=settings.cache.bytes_max)
         collections = CollectionFlow(context, self._store, self._upserter)
+        ingest = IngestFlow(context, collections, self._store, self._feed)
         queues = LedgerPort(settings)
         blobs = LocalBlobs(Path(settings.data_dir) / settings.files.folder)
         files = FileFlow(context, self._store, blobs)
@@ -105,9 +109,25 @@ class Ingress:
             Door(self._store, settings.admission, clock=time.monotonic, wall=time.time),
             embed,
             collections,
-            IngestFlow(context, collections, self._store, self._feed),
+            ingest,
             SearchFlow(context, collections, embed, index),
+            VectorFlow(
+                context,
+                collections,
+                self._store,
+                upserter=self._upserter,
+                index=index,
+                ingest=ingest,
+            ),
+            ExportFlow(context, collections, index),
             OperatorFlow(settings, self._store, self._store, time.time),
+            EraseFlow(
+                self._store,
+                upserter=self._upserter,
+                index=index,
+                blobs=blobs,
+                wait_s=settings.limits.deadline_s_max,
+            ),
             UsageFlow(context, self._store, queues),
             JobFlow(context, collections, self._store, self._store, queues=queues, files=files),
             self._feed,

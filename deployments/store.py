@@ -11,16 +11,16 @@ from deployments.actors import STORE, State, ended, leave, starting, watch
 from deployments.stores import tick
 from serve.config import Settings
 from serve.errors import Internal
-from serve.job_ports import Deliveries, Events, Files, Handover, Jobs, Queue, Webhooks
-from serve.ports import Collections, Fence, Keys, Tenants, Usage
+from serve.job_ports import Deliveries, Erasure, Events, Files, Handover, Jobs, Queue, Webhooks
+from serve.ports import Collections, Fence, Keys, Tenants, Usage, Vectors
 
 
 if TYPE_CHECKING:
     from serve.jobs.owner import StoreOwner
 
 PORTS = (
-    *(Keys, Tenants, Usage, Collections, Fence),
-    *(Handover, Jobs, Queue, Events, Files, Webhooks, Deliveries),
+    *(Keys, Tenants, Usage, Collections, Vectors, Fence),
+    *(Handover, Jobs, Queue, Events, Files, Webhooks, Deliveries, Erasure),
 )
 CALLS = frozenset(name for port in PORTS for name in vars(port) if name[0] != "_")
 """The methods of the Store's ports: what `call` may call."""

@@ -6,7 +6,9 @@ from typing import Any, cast
 from deployments.file_port import FilePort
 from deployments.job_port import JobPort
 from deployments.webhook_port import WebhookPort
-from serve.ports import Collections, Fence, Keys, Tenants, Usage
+from serve.items import Erased
+from serve.job_ports import Erasure
+from serve.ports import Collections, Fence, Keys, Tenants, Usage, Vectors
 from serve.records import (
     AuditEntry,
     Collection,
@@ -16,7 +18,9 @@ from serve.records import (
 )
 
 
-class StorePort(JobPort, FilePort, WebhookPort, Keys, Tenants, Usage, Collections, Fence):
+class StorePort(
+    JobPort, FilePort, WebhookPort, Keys, Tenants, Usage, Collections, Vectors, Fence, Erasure
+):
     """Implements them all, those of jobs, files and webhooks included. Each call also raises StoreUnavailable."""
 
     async def find_key(self, key_id: str) -> Key | None:
@@ -94,13 +98,17 @@ class StorePort(JobPort, FilePort, WebhookPort, Keys, Tenants, Usage, Collection
         """See Collections."""
         return cast("Collection | None", await self._call("delete_collection", op, tenant, name))
 
-    async def purge_collection(self, uuid: str) -> None:
+    async def purge_collection(self, uuid: str) -> int:
         """See Collections."""
-        await self._call("purge_collection", uuid)
+        return cast("int", await self._call("purge_collection", uuid))
 
     async def deleted_collections(self) -> Sequence[Collection]:
         """See Collections."""
         return cast("Sequence[Collection]", await self._call("deleted_collections"))
+
+    async def grant_vectors(self, collection: str, names: Sequence[str]) -> Sequence[int]:
+        """See Vectors."""
+        return cast("Sequence[int]", await self._call("grant_vectors", collection, names))
 
     async def take_epoch(self, name: str, deploy_seq: int) -> int:
         """See Fence."""
@@ -111,3 +119,15 @@ class StorePort(JobPort, FilePort, WebhookPort, Keys, Tenants, Usage, Collection
     ) -> frozenset[str]:
         """See Fence."""
         return cast("frozenset[str]", await self._call("superseded", name, epoch, ns, versions))
+
+    async def erase_jobs(self, tenant: str, jobs: Sequence[str]) -> Erased:
+        """See Erasure."""
+        return cast("Erased", await self._call("erase_jobs", tenant, jobs))
+
+    async def erase_rest(self, tenant: str) -> Erased:
+        """See Erasure."""
+        return cast("Erased", await self._call("erase_rest", tenant))
+
+    async def note_erasure(self, op: str, tenant: str, by: str, detail: Mapping[str, Any]) -> None:
+        """See Erasure."""
+        await self._call("note_erasure", op, tenant, by, detail)

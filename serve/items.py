@@ -141,6 +141,12 @@ class NewItem:
     sha256: str = ""
 
 
+VERSION = "version"
+"""In the payload of a delete: the highest generation that it may remove. Without it, all that was
+accepted before goes.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Once:
     """An `Idempotency-Key`: the same key with the same fingerprint returns the first job.
@@ -193,7 +199,8 @@ class Item:
         generation: of the document write, as granted; `chunks_max` bounds the ordinals that may be
             in the index from earlier ones.
         attempts: tries that have failed before this one.
-        superseded: a newer write of the document was accepted since.
+        superseded: a newer write of the document was accepted since. Never so of a delete of a
+            version: it leaves the newer one alone.
     """
 
     id: int
@@ -322,6 +329,16 @@ class Effort:
     word: str
     tries: int
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Erased:
+    """What one call has removed of a tenant; `more`: call again."""
+
+    jobs: int = 0
+    items: int = 0
+    webhooks: int = 0
+    more: bool = False
 
 
 @dataclass(frozen=True, slots=True)

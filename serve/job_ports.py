@@ -4,13 +4,14 @@ They are ports like those of `serve.ports`, implemented by the Store and by `dep
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from serve.items import (
     Accepted,
     Change,
     Claim,
     Effort,
+    Erased,
     Event,
     FileRoom,
     ItemState,
@@ -246,4 +247,23 @@ class Deliveries(Protocol):
 
     async def settle_delivery(self, tried: Tried) -> bool:
         """Note what became of a try; False when the lease is over or it was settled before."""
+        ...
+
+
+class Erasure(Protocol):
+    """Removing what is kept of a tenant, some of it with each call; repeats find what is left.
+
+    Collections, keys and files have calls of their own, in their ports.
+    """
+
+    async def erase_jobs(self, tenant: str, jobs: Sequence[str]) -> Erased:
+        """Stop these jobs of the tenant, then forget them with all that is theirs, blobs excepted."""
+        ...
+
+    async def erase_rest(self, tenant: str) -> Erased:
+        """Forget webhooks and deliveries, idempotency keys, and what tries of items came to."""
+        ...
+
+    async def note_erasure(self, op: str, tenant: str, by: str, detail: Mapping[str, Any]) -> None:
+        """Write to the audit log what is to be removed, or was."""
         ...

@@ -310,12 +310,27 @@ class Collections(Protocol):
         """Mark it deleted: from now on it is found by nobody; returns what it was."""
         ...
 
-    async def purge_collection(self, uuid: str) -> None:
-        """Forget a deleted collection and its documents, after the index dropped it."""
+    async def purge_collection(self, uuid: str) -> int:
+        """Forget a deleted collection and its documents, after the index dropped it.
+
+        Returns how many documents there were.
+        """
         ...
 
     async def deleted_collections(self) -> Sequence[Collection]:
         """Deleted but not yet purged: what a restarted writer must still drop."""
+        ...
+
+
+class Vectors(Protocol):
+    """Raw vectors in the Store: their generations only."""
+
+    async def grant_vectors(self, collection: str, names: Sequence[str]) -> Sequence[int]:
+        """A generation for a write of each raw vector, in order; 0 where the name is a document's.
+
+        A repeat grants higher ones, which does no harm: it has no operation id. Raises NotFound (the
+        collection is gone), BadInput (a name that is there twice).
+        """
         ...
 
 

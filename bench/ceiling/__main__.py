@@ -35,6 +35,8 @@ from serve.flows.collections import CollectionFlow
 from serve.flows.context import Context
 from serve.flows.document_work import DocumentWork
 from serve.flows.embed import EmbedFlow
+from serve.flows.erasure import EraseFlow
+from serve.flows.exports import ExportFlow
 from serve.flows.feed import Feed
 from serve.flows.files import FileFlow
 from serve.flows.ingest import IngestFlow
@@ -44,6 +46,7 @@ from serve.flows.operators import OperatorFlow
 from serve.flows.search import SearchFlow
 from serve.flows.streams import Streams
 from serve.flows.usage import UsageFlow
+from serve.flows.vectors import VectorFlow
 from serve.flows.webhooks import WebhookFlow
 from serve.index.memory import MemoryIndex
 from serve.index.writer import Writer
@@ -138,6 +141,7 @@ class Ceiling:
         )
         embed = EmbedFlow(context, kept_bytes_max=settings.cache.bytes_max)
         collections = CollectionFlow(context, store, self._writer)
+        ingest = IngestFlow(context, collections, store, self._feed)
         blobs = LocalBlobs(Path(settings.data_dir) / settings.files.folder)
         files = FileFlow(context, store, blobs)
         return Service(
@@ -145,9 +149,20 @@ class Ceiling:
             Door(store, settings.admission, clock=time.monotonic, wall=time.time),
             embed,
             collections,
-            IngestFlow(context, collections, store, self._feed),
+            ingest,
             SearchFlow(context, collections, embed, self._index),
+            VectorFlow(
+                context, collections, store, upserter=self._writer, index=self._index, ingest=ingest
+            ),
+            ExportFlow(context, collections, self._index),
             OperatorFlow(settings, store, store, time.time),
+            EraseFlow(
+                store,
+                upserter=self._writer,
+                index=self._index,
+                blobs=blobs,
+                wait_s=settings.limits.deadline_s_max,
+            ),
             UsageFlow(context, store, Unreported()),
             JobFlow(context, collections, store, store, queues=Unreported(), files=files),
             self._feed,

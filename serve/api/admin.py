@@ -4,7 +4,8 @@ A secret is in the reply that makes it and nowhere else, hence no `Idempotency-K
 could not show it again.
 """
 
-from typing import Annotated, Any
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Response
 from pydantic import WithJsonSchema
@@ -16,10 +17,11 @@ from serve.api.shapes import (
     KeyMade,
     KeyRevoked,
     KeyShown,
+    TenantErased,
     TenantList,
     TenantShown,
 )
-from serve.api.wire import REF, Body, documented, number, page_size, query, read, reply
+from serve.api.wire import REF, Body, choice, documented, number, page_size, query, read, reply
 from serve.flows.operators import PAGE_MAX, MadeKey
 from serve.records import AuditEntry, Key, Tenant
 
@@ -28,6 +30,7 @@ router = APIRouter()
 
 UNCACHED = {"cache-control": "no-store"}
 PAGE = 100
+KEYS: tuple[Literal["keep", "revoke"], ...] = ("keep", "revoke")
 
 # Checked by the flow, which knows the tier that a tenant's limits stand upon.
 LimitsBody = Annotated[dict[str, Any], WithJsonSchema({"$ref": REF.format(model="Allowance")})]
@@ -168,6 +171,20 @@ async def set_tenant(tenant: str, order: Ordered) -> Response:
     body = await read(order.request, TenantBody)
     kept = await order.operators.set_tenant(order.by, tenant, tier=body.tier, limits=body.limits)
     return reply(_tenant(kept))
+
+
+@router.delete(
+    "/v1/admin/tenants/{tenant}/data",
+    openapi_extra={
+        "parameters": [query("keys", "`keep` (default), or `revoke`: the tenant's keys end, too.")]
+    },
+    responses={200: {"model": TenantErased}},
+)
+async def erase_tenant(tenant: str, order: Ordered) -> Response:
+    """Remove all that is kept of a tenant; it stays itself, with its limits, its usage and the log."""
+    keys = choice(order.request, "keys", KEYS)
+    removed = await order.erasure.erase(order.by, tenant, keys)
+    return reply({"object": "tenant.data", "tenant": tenant, "removed": asdict(removed)})
 
 
 @router.get(

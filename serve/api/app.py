@@ -13,6 +13,7 @@ from serve.api import (
     collections,
     documents,
     embeddings,
+    exports,
     files,
     health,
     job_events,
@@ -20,6 +21,7 @@ from serve.api import (
     models,
     search,
     usage,
+    vectors,
     webhooks,
 )
 from serve.api.envelope import Envelope
@@ -35,6 +37,9 @@ CHARGED: tuple[tuple[APIRouter, Klass], ...] = (
     (embeddings.router, "interactive"),
     (search.router, "interactive"),
     (documents.router, "bulk"),
+    (vectors.router, "bulk"),
+    (exports.router, "bulk"),
+    (vectors.reads, "interactive"),
     (jobs.router, "bulk"),
     (files.router, "bulk"),
     (batches.router, "bulk"),

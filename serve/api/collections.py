@@ -1,4 +1,4 @@
-"""`/v1/collections`: make, list, show, remove."""
+"""`/v1/collections`: make, list, show, measure, remove."""
 
 from typing import Annotated, Any
 
@@ -6,8 +6,14 @@ from fastapi import APIRouter, Response
 from pydantic import Field
 
 from serve.api.service import Asked
-from serve.api.shapes import CollectionDeleted, CollectionList, CollectionShown
+from serve.api.shapes import (
+    CollectionDeleted,
+    CollectionList,
+    CollectionShown,
+)
+from serve.api.vector_shapes import CollectionStats
 from serve.api.wire import Body, Id, documented, read, reply
+from serve.content.vectors import FLOAT_BYTES
 from serve.records import Collection
 
 
@@ -47,6 +53,24 @@ async def one_collection(name: str, ask: Asked) -> Response:
     collection = await ask.service.collections.show(ask.who, name)
     records = await ask.service.search.count(collection)
     return reply({**shown(collection), "records": records})
+
+
+@router.get("/v1/collections/{name}/stats", responses={200: {"model": CollectionStats}})
+async def collection_stats(name: str, ask: Asked) -> Response:
+    """What a collection holds, and whether it can still be written to and searched by text."""
+    collection = await ask.service.collections.show(ask.who, name)
+    records = await ask.service.search.count(collection)
+    stats = {
+        "object": "collection.stats",
+        "name": collection.name,
+        "model": collection.model,
+        "revision": collection.revision,
+        "served_revision": ask.service.collections.served_revision(collection),
+        "dimensions": collection.dimensions,
+        "records": records,
+        "vector_bytes": records * collection.dimensions * FLOAT_BYTES,
+    }
+    return reply(stats)
 
 
 @router.delete("/v1/collections/{name}", responses={200: {"model": CollectionDeleted}})

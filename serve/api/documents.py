@@ -1,5 +1,6 @@
 """`/v1/collections/{name}/documents`: write and delete, as jobs."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, cast, get_args
 
 from fastapi import APIRouter, Response
@@ -14,7 +15,7 @@ from serve.api.shapes import DocumentsAccepted, DocumentsWritten
 from serve.api.wire import Body, documented, read, reply
 from serve.content.documents import Document, check_id
 from serve.errors import BadInput
-from serve.flows.ingest import DocumentResult, Level, Taken, Terms
+from serve.flows.ingest import MORE, DocumentResult, Level, Taken, Terms
 
 
 router = APIRouter()
@@ -89,8 +90,8 @@ async def write_documents(name: str, ask: Asked) -> Response:
     """
     body = await read(ask.request, DocumentsBody)
     documents = [Document(one.id, one.text, one.metadata) for one in body.documents]
-    terms = _terms(ask, body, priority=body.priority)
-    return _answer(await ask.service.ingest.write(ask.who, name, documents, terms))
+    asked = terms(ask, body, priority=body.priority)
+    return answer(await ask.service.ingest.write(ask.who, name, documents, asked))
 
 
 @router.delete(
@@ -101,16 +102,21 @@ async def write_documents(name: str, ask: Asked) -> Response:
 async def delete_documents(name: str, ask: Asked) -> Response:
     """Delete documents by id, durably as they are written; one that does not exist is `absent`."""
     body = await read(ask.request, DeleteBody)
-    ids_max = ask.service.context.settings.limits.documents_max
-    if len(body.ids) > ids_max:
-        raise BadInput(f"At most {ids_max} ids are allowed.", param="ids")
-    for position, document in enumerate(body.ids):
-        check_id(document, f"ids[{position}]", ask.service.context.settings.limits)
-    ids = list(dict.fromkeys(body.ids))
-    return _answer(await ask.service.ingest.delete(ask.who, name, ids, _terms(ask, body)))
+    ids = once_each(ask, body.ids)
+    return answer(await ask.service.ingest.delete(ask.who, name, ids, terms(ask, body)))
 
 
-def _terms(ask: Ask, body: Body, priority: int = 50) -> Terms:
+def once_each(ask: Ask, ids: Sequence[str]) -> list[str]:
+    """Ids of documents, each once. Raises BadInput, by its place, for what is none."""
+    limits = ask.service.context.settings.limits
+    if len(ids) > limits.documents_max:
+        raise BadInput(f"At most {limits.documents_max} ids are allowed.", param="ids")
+    for position, document in enumerate(ids):
+        check_id(document, f"ids[{position}]", limits)
+    return list(dict.fromkeys(ids))
+
+
+def terms(ask: Ask, body: Body, priority: int = 50) -> Terms:
     """What the request says of how it is to be done. Raises BadInput."""
     wait = ask.request.query_params.get("wait")
     if wait is not None and wait not in get_args(Level):
@@ -119,24 +125,27 @@ def _terms(ask: Ask, body: Body, priority: int = 50) -> Terms:
     return Terms(cast("Level | None", wait), ask.until, once(ask.request, body, kept_s), priority)
 
 
-def _answer(taken: Taken) -> Response:
+def answer(taken: Taken) -> Response:
+    """What became of documents, or a receipt for them."""
     headers = {"location": f"/v1/jobs/{taken.job.id}"}
     if taken.replayed:
         headers[REPLAYED] = "true"
+    more = {MORE: taken.job.spec[MORE]} if MORE in taken.job.spec else {}
     if taken.level == "accepted":
-        shown = {**receipt(taken.job.id, taken.level, taken.documents), "detail": GOES_ON}
+        proof = {**receipt(taken.job.id, taken.level, taken.documents), "detail": GOES_ON, **more}
         if taken.results:
-            shown["data"] = [_shown(result) for result in taken.results]
-        return reply(shown, 202, headers)
+            proof["data"] = [_shown(result) for result in taken.results]
+        return reply(proof, 202, headers)
     failed = sum(result.status in ("failed", "cancelled") for result in taken.results)
-    answer = {
+    shown = {
         "object": "list",
         "data": [_shown(result) for result in taken.results],
         "failed": failed,
         "usage": {"total_tokens": sum(result.tokens for result in taken.results)},
         "receipt": receipt(taken.job.id, taken.level, taken.documents),
+        **more,
     }
-    return reply(answer, 207 if failed else 200, headers)
+    return reply(shown, 207 if failed else 200, headers)
 
 
 def _shown(result: DocumentResult) -> dict[str, Any]:

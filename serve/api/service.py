@@ -18,6 +18,8 @@ from serve.flows.batch import BatchFlow
 from serve.flows.collections import CollectionFlow
 from serve.flows.context import Context, Timing
 from serve.flows.embed import EmbedFlow
+from serve.flows.erasure import EraseFlow
+from serve.flows.exports import ExportFlow
 from serve.flows.feed import Feed
 from serve.flows.files import FileFlow
 from serve.flows.ingest import IngestFlow
@@ -26,6 +28,7 @@ from serve.flows.operators import OperatorFlow
 from serve.flows.search import SearchFlow
 from serve.flows.streams import Streams
 from serve.flows.usage import UsageFlow
+from serve.flows.vectors import VectorFlow
 from serve.flows.webhooks import WebhookFlow
 from serve.records import Caller
 
@@ -40,7 +43,10 @@ class Service:
     collections: CollectionFlow
     ingest: IngestFlow
     search: SearchFlow
+    vectors: VectorFlow
+    exports: ExportFlow
     operators: OperatorFlow
+    erasure: EraseFlow
     usage: UsageFlow
     jobs: JobFlow
     feed: Feed
@@ -98,6 +104,7 @@ class Order:
 
     request: Request
     operators: OperatorFlow
+    erasure: EraseFlow
     by: str
 
 
@@ -119,7 +126,7 @@ async def order(ask: Annotated[Ask, Depends(ask)]) -> Order:
     """What an operator asks. Raises Unauthorized, Forbidden."""
     require_admin(ask.who)
     key_id, _ = parse(ask.request.headers.get("authorization"))
-    return Order(ask.request, ask.service.operators, f"key:{key_id}")
+    return Order(ask.request, ask.service.operators, ask.service.erasure, f"key:{key_id}")
 
 
 Served = Annotated[Service, Depends(service)]

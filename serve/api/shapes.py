@@ -160,13 +160,17 @@ class Receipt(Shape):
 
 
 class DocumentsWritten(Shape):
-    """One result a document, in their order; `failed` counts those that failed or were cancelled."""
+    """One result a document, in their order; `failed` counts those that failed or were cancelled.
+
+    `has_more` is there after a delete by filter: whether more than these match.
+    """
 
     object: Literal["list"]
     data: list[DocumentShown]
     failed: int
     usage: IngestUsage
     receipt: Receipt
+    has_more: bool | None = None
 
 
 class DocumentsAccepted(Receipt):
@@ -174,6 +178,7 @@ class DocumentsAccepted(Receipt):
 
     detail: str
     data: list[DocumentShown] | None = None
+    has_more: bool | None = None
 
 
 class SearchHit(Shape):
@@ -322,6 +327,28 @@ class TenantList(Shape):
 
     object: Literal["list"]
     data: list[TenantShown]
+
+
+class Removed(Shape):
+    """How much of each. `documents` and raw vectors that were not deleted before."""
+
+    keys: int
+    collections: int
+    documents: int
+    records: int
+    jobs: int
+    items: int
+    files: int
+    file_bytes: int
+    webhooks: int
+
+
+class TenantErased(Shape):
+    """What is no longer kept of a tenant."""
+
+    object: Literal["tenant.data"]
+    tenant: str
+    removed: Removed
 
 
 class AuditShown(Shape):

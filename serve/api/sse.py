@@ -15,6 +15,8 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from serve.errors import DeadlineExceeded
+
 
 HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
@@ -67,9 +69,35 @@ class HeldStream(StreamingResponse):
         """Answer one request."""
         with self._place as until, suppress(TimeoutError):
             async with aclosing(self._pieces(until)) as pieces:
-                self.body_iterator = pieces
+                self.body_iterator = await self._begun(pieces, until)
                 async with asyncio.timeout_at(until + STUCK_S):
                     await super().__call__(scope, receive, send)
+
+    async def _begun(
+        self, pieces: AsyncGenerator[bytes, None], _until: float
+    ) -> AsyncGenerator[bytes, None]:
+        """What is sent; whatever it raises before that is answered as any other failure."""
+        return pieces
+
+
+class CheckedStream(HeldStream):
+    """Sends nothing before it has the first piece: a fault until then is a status, not a cut reply."""
+
+    async def _begun(
+        self, pieces: AsyncGenerator[bytes, None], until: float
+    ) -> AsyncGenerator[bytes, None]:
+        try:
+            async with asyncio.timeout_at(until):
+                first = await anext(pieces, b"")
+        except TimeoutError:
+            raise DeadlineExceeded("Nothing came in time.", retry_after_s=1) from None
+        return _joined(first, pieces)
+
+
+async def _joined(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    yield first
+    async for piece in rest:
+        yield piece
 
 
 class EventStream(HeldStream):

@@ -58,12 +58,16 @@ async def read_json(request: Request) -> dict[str, Any]:
 
 async def read(request: Request, model: type[M]) -> M:
     """The body as `model`. Raises BadInput that names the first field at fault."""
-    value = await read_json(request)
+    return validated(await read_json(request), model)
+
+
+def validated(value: object, model: type[M], *under: int | str) -> M:
+    """Part of a body, which stands `under` there, as `model`. Raises BadInput as `read` does."""
     try:
         return model.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        param = path(first["loc"])[:DETAIL_CHARS_MAX]
+        param = path((*under, *first["loc"]))[:DETAIL_CHARS_MAX]
         raise BadInput(f"{param}: {first['msg']}"[:DETAIL_CHARS_MAX], param=param) from None
 
 
@@ -97,6 +101,15 @@ def words(request: Request, name: str, allowed: tuple[Word, ...]) -> list[Word]:
     if len(set(given)) != len(found):
         raise BadInput(f"{name} must be one of: {', '.join(allowed)}.", param=name)
     return found
+
+
+def choice(request: Request, name: str, allowed: tuple[Word, ...]) -> Word:
+    """A query parameter that is one of `allowed`; the first unless it is given. Raises BadInput."""
+    given = request.query_params.getlist(name)
+    found = [word for word in allowed if given == [word]] if given else [*allowed[:1]]
+    if not found:
+        raise BadInput(f"{name} must be one of: {', '.join(allowed)}.", param=name)
+    return found[0]
 
 
 def refuse_nul(request: Request) -> None:

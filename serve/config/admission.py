@@ -40,6 +40,12 @@ class Limits(Section):
     metadata_bytes_max: int = Field(
         16_384, ge=0, le=40_960, description="Bytes of one document's metadata as JSON."
     )
+    vectors_max: int = Field(
+        1000, ge=1, le=10_000, description="Raw vectors written, or fetched, by one request."
+    )
+    vector_text_chars_max: int = Field(
+        16_384, ge=0, le=10**6, description="Characters of the text that comes with a raw vector."
+    )
     collections_max: int = Field(1000, ge=1, le=100_000, description="Collections of one tenant.")
     top_k_max: int = Field(1000, ge=1, le=10_000, description="Results of one search.")
     filter_terms_max: int = Field(64, ge=1, le=1024, description="Conditions in one filter.")

@@ -19,6 +19,15 @@ class Ingress(Section):
     requests_max: int = Field(
         512, ge=8, le=100_000, description="Requests a replica works on at once."
     )
+    exports_max: int = Field(
+        4,
+        ge=1,
+        le=10_000,
+        description="Exports of collections that a replica sends at once; each may hold 150 MB.",
+    )
+    tenant_exports_max: int = Field(
+        2, ge=1, le=10_000, description="Those of one tenant in one ingress replica."
+    )
     slice_tokens: int = Field(
         16_384,
         ge=256,

@@ -53,12 +53,12 @@ def validate_documents(
         if first != position:
             raise BadInput(f"{name}[{first}] has the same id.", param=f"{param}.id")
         _check_text(document.text, f"{param}.text", limits)
-        _check_metadata(document.metadata, f"{param}.metadata", limits)
+        check_metadata(document.metadata, f"{param}.metadata", limits)
 
 
 def check_id(document_id: str, param: str, limits: Limits) -> None:
     """Raises BadInput for an id that no document can have."""
-    size = _utf8_bytes(document_id, param)
+    size = utf8_bytes(document_id, param)
     if not document_id.strip():
         raise BadInput("A document's id must not be empty.", param=param)
     if size > limits.document_id_bytes_max:
@@ -70,19 +70,8 @@ def check_id(document_id: str, param: str, limits: Limits) -> None:
         raise BadInput("A document's id must not hold control characters.", param=param)
 
 
-def _check_text(text: str, param: str, limits: Limits) -> None:
-    if len(text) > limits.document_chars_max:
-        raise BadInput(
-            f"A document may have {limits.document_chars_max} characters, not {len(text)}.",
-            param=param,
-            code="document_too_long",
-        )
-    _utf8_bytes(text, param)
-    if not text or text.isspace():
-        raise BadInput("A document's text must not be empty.", param=param)
-
-
-def _check_metadata(metadata: Mapping[str, object], param: str, limits: Limits) -> None:
+def check_metadata(metadata: Mapping[str, object], param: str, limits: Limits) -> None:
+    """Raises BadInput, by its path, for what no metadata can hold."""
     if len(metadata) > METADATA_KEYS_MAX:
         raise BadInput(f"Metadata may have {METADATA_KEYS_MAX} keys.", param=param)
     for key, value in metadata.items():
@@ -94,6 +83,18 @@ def _check_metadata(metadata: Mapping[str, object], param: str, limits: Limits) 
             f"Metadata may have {limits.metadata_bytes_max} bytes as JSON, not {size}.",
             param=param,
         )
+
+
+def _check_text(text: str, param: str, limits: Limits) -> None:
+    if len(text) > limits.document_chars_max:
+        raise BadInput(
+            f"A document may have {limits.document_chars_max} characters, not {len(text)}.",
+            param=param,
+            code="document_too_long",
+        )
+    utf8_bytes(text, param)
+    if not text or text.isspace():
+        raise BadInput("A document's text must not be empty.", param=param)
 
 
 def _check_key(key: object, param: str) -> None:
@@ -112,12 +113,12 @@ def _check_value(value: object, param: str) -> None:
     if isinstance(value, bool):
         return
     if isinstance(value, str):
-        _utf8_bytes(value, param)
+        utf8_bytes(value, param)
     elif isinstance(value, int | float):
         _check_number(value, param)
     elif isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
         for position, item in enumerate(value):
-            _utf8_bytes(item, f"{param}[{position}]")
+            utf8_bytes(item, f"{param}[{position}]")
     else:
         raise BadInput(
             "Metadata values must be strings, numbers, booleans or lists of strings.", param=param
@@ -134,7 +135,7 @@ def _check_number(value: float, param: str) -> None:
         raise BadInput("A number must be finite and fit in 64-bit floating point.", param=param)
 
 
-def _utf8_bytes(text: str, param: str) -> int:
+def utf8_bytes(text: str, param: str) -> int:
     """Length in UTF-8. Raises BadInput for a lone surrogate, which has no UTF-8 form."""
     try:
         return len(text.encode())

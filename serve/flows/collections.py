@@ -116,6 +116,13 @@ class CollectionFlow:
                 code="model_revision_changed",
             )
 
+    def served_revision(self, collection: Collection) -> str | None:
+        """The revision of its model that runs now; None where the model is not served."""
+        try:
+            return self._models.find(collection.model).revision
+        except NotFound:
+            return None
+
 
 def _unknown(name: str) -> NotFound:
     return NotFound(f"You have no collection {name[:128]!r}.", code="collection_not_found")

@@ -7,9 +7,9 @@ job, so the last accepted write of a document wins, whenever it is done.
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -38,6 +38,9 @@ Status = Literal[
     "cancelled",
     "accepted",
 ]
+
+MORE = "has_more"
+"""In the `spec` of a job of deletes that were chosen by a filter: whether more would have matched."""
 
 log = logging.getLogger("headrace.ingest")
 
@@ -85,6 +88,14 @@ class Taken:
     replayed: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Items to hand over, and what the job keeps of how they were chosen."""
+
+    items: Sequence[NewItem]
+    spec: Mapping[str, bool] = field(default_factory=dict)
+
+
 class IngestFlow:
     """Accepts writes and deletes of documents of one collection, at class `bulk`.
 
@@ -126,22 +137,36 @@ class IngestFlow:
                 items = await loop.run_in_executor(
                     self._threads, partial(self._items, served, documents)
                 )
-            return await self._hand_over(caller, collection, items, terms, level)
+            return await self._hand_over(caller, collection, Chosen(items), terms, level)
 
     async def delete(
         self, caller: Caller, name: str, documents: Sequence[str], terms: Terms
     ) -> Taken:
         """Hand over deletes, by id; `absent` are those that did not exist."""
+
+        async def all_of_them(_: Collection) -> Chosen:
+            return Chosen([delete_item(document) for document in documents])
+
+        return await self.delete_chosen(caller, name, all_of_them, terms)
+
+    async def delete_chosen(
+        self,
+        caller: Caller,
+        name: str,
+        choose: Callable[[Collection], Awaitable[Chosen]],
+        terms: Terms,
+    ) -> Taken:
+        """Hand over the deletes that `choose` finds in the collection. It may raise as this does."""
         level = terms.wait or "indexed"
         async with AsyncExitStack() as stack:
             first = await self._begun(stack, caller, terms)
             if first is not None:
-                taken = Taken(first, len(documents), replayed=True)
+                taken = Taken(first, first.total, replayed=True)
                 return await self._followed(taken, level, terms.until)
             async with within(terms.until, self._clock):
                 collection = await self._collections.find(caller, name)
-            items = [delete_item(document) for document in documents]
-            return await self._hand_over(caller, collection, items, terms, level)
+                chosen = await choose(collection)
+            return await self._hand_over(caller, collection, chosen, terms, level)
 
     async def _begun(self, stack: AsyncExitStack, caller: Caller, terms: Terms) -> Job | None:
         """Charge the request itself: its tokens are charged where they are embedded.
@@ -161,7 +186,7 @@ class IngestFlow:
         self,
         caller: Caller,
         collection: Collection,
-        items: Sequence[NewItem],
+        chosen: Chosen,
         terms: Terms,
         level: Level,
     ) -> Taken:
@@ -176,12 +201,12 @@ class IngestFlow:
             created_at=now,
             priority=terms.priority,
             collection=collection.uuid,
-            spec={"collection": collection.name, "model": collection.model},
+            spec={"collection": collection.name, "model": collection.model, **chosen.spec},
             expires_at=now + self._settings.jobs.expires_s_max,
         )
         with self._feed.watch(job.id) as watch:
-            accepted = await self._jobs.submit_job(new_op(), job, items, terms.once)
-            taken = Taken(accepted.job, len(items), replayed=accepted.replayed)
+            accepted = await self._jobs.submit_job(new_op(), job, chosen.items, terms.once)
+            taken = Taken(accepted.job, len(chosen.items), replayed=accepted.replayed)
             return await self._followed(taken, level, terms.until, watch)
 
     async def _followed(

@@ -10,7 +10,7 @@ import json
 from serve.config import Settings
 from serve.content.documents import Document
 from serve.flows.models import Served
-from serve.items import NewItem
+from serve.items import VERSION, NewItem
 
 
 CHARS_PER_TOKEN = 4
@@ -32,9 +32,13 @@ def document_item(served: Served, settings: Settings, document: Document) -> New
     )
 
 
-def delete_item(document: str) -> NewItem:
-    """The delete of a document: nothing to prepare, the stage that lands does it."""
-    return NewItem(name=document, task="delete", stage="embed", cost=ITEM_TOKENS, payload={})
+def delete_item(document: str, generation: int | None = None) -> NewItem:
+    """The delete of a document: nothing to prepare, the stage that lands does it.
+
+    With a generation only what is not newer than that goes: what somebody saw who chose it.
+    """
+    payload = {} if generation is None else {VERSION: generation}
+    return NewItem(name=document, task="delete", stage="embed", cost=ITEM_TOKENS, payload=payload)
 
 
 def content_sha256(served: Served, settings: Settings, document: Document) -> str:

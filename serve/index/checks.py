@@ -29,7 +29,7 @@ def check_namespace(ns: str) -> None:
 
 def check_query(vector: Vector, dimensions: int) -> None:
     """Raises BadInput when a query vector has no direction in this space."""
-    if (problem := _vector_problem(vector, dimensions)) is not None:
+    if (problem := vector_problem(vector, dimensions)) is not None:
         raise BadInput(f"The query vector {problem}.", param="vector")
 
 
@@ -48,20 +48,8 @@ def newest(writes: Sequence[W]) -> list[W]:
     return list(kept.values())
 
 
-def _problem(record: Record, dimensions: int) -> str | None:
-    if not RECORD_ID.fullmatch(record.id):
-        return "id must be 1 to 64 letters, digits, '-' or '_'"
-    if (problem := _vector_problem(record.vector, dimensions)) is not None:
-        return f"vector {problem}"
-    if not (_is_unicode(record.document) and _is_unicode(record.text)):
-        return "document and text must be valid Unicode"
-    for key, value in record.metadata.items():
-        if not _is_value(value):
-            return f"metadata.{key} must be a string, a finite number, a bool or a list of them"
-    return None
-
-
-def _vector_problem(vector: Vector, dimensions: int) -> str | None:
+def vector_problem(vector: Vector, dimensions: int) -> str | None:
+    """Why no index could compare this vector with others of so many dimensions; None: it can."""
     if vector.shape != (dimensions,):
         return f"has shape {vector.shape}, not ({dimensions},)"
     wide = vector.astype(np.float64)
@@ -71,6 +59,19 @@ def _vector_problem(vector: Vector, dimensions: int) -> str | None:
     if squares == 0:
         return "has norm zero"
     return None if SQUARES_MIN <= squares <= SQUARES_MAX else "has a norm beyond float32"
+
+
+def _problem(record: Record, dimensions: int) -> str | None:
+    if not RECORD_ID.fullmatch(record.id):
+        return "id must be 1 to 64 letters, digits, '-' or '_'"
+    if (problem := vector_problem(record.vector, dimensions)) is not None:
+        return f"vector {problem}"
+    if not (_is_unicode(record.document) and _is_unicode(record.text)):
+        return "document and text must be valid Unicode"
+    for key, value in record.metadata.items():
+        if not _is_value(value):
+            return f"metadata.{key} must be a string, a finite number, a bool or a list of them"
+    return None
 
 
 def _is_unicode(text: str) -> bool:

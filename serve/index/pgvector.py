@@ -201,7 +201,7 @@ class PgIndex:
                 return
             params["after"] = part[-1].id
 
-    async def reached(self, ns: str, token: str) -> bool | None:  # noqa: ARG002
+    async def reached(self, ns: str, _token: str, /) -> bool | None:
         """A write that returned is seen."""
         check_namespace(ns)
         return True

@@ -197,7 +197,7 @@ class PineconeIndex:
             if not page:
                 return
 
-    async def reached(self, ns: str, token: str) -> bool | None:
+    async def reached(self, ns: str, token: str, /) -> bool | None:
         """One query, for only queries say what they see. None: no place in the log on one side."""
         check_namespace(ns)
         if not (token.isascii() and token.isdigit()):

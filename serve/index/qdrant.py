@@ -218,7 +218,7 @@ class QdrantIndex:
             if offset is None:
                 return
 
-    async def reached(self, ns: str, token: str) -> bool | None:  # noqa: ARG002  the port's
+    async def reached(self, ns: str, _token: str, /) -> bool | None:
         """A write that returned is seen."""
         check_namespace(ns)
         return True

@@ -72,10 +72,11 @@ def deleted(conn: sa.Connection) -> Sequence[Collection]:
     return [Collection(*row) for row in conn.execute(waiting.order_by(collections.c.deleted_at))]
 
 
-def purge(conn: sa.Connection, uuid: str, rows_max: int) -> bool:
+def purge(conn: sa.Connection, uuid: str, rows_max: int) -> tuple[int, bool]:
     """Forget up to `rows_max` documents of a deleted collection, and it too once it has none.
 
-    Returns False while some are left. Raises Conflict when the collection is live.
+    Returns how many of them had not been deleted, and whether none is left. Raises Conflict when the
+    collection is live.
     """
     row = collections.c.uuid == uuid
     live = _LIVE.where(row)
@@ -83,8 +84,10 @@ def purge(conn: sa.Connection, uuid: str, rows_max: int) -> bool:
         raise Conflict(f"collection {uuid} is not deleted", param="collection")
     mine = documents.c.collection == uuid
     some = sa.select(documents.c.document).where(mine).limit(rows_max)
-    gone = conn.execute(sa.delete(documents).where(mine, documents.c.document.in_(some))).rowcount
-    if gone == rows_max:
-        return False
+    forget = sa.delete(documents).where(mine, documents.c.document.in_(some))
+    tombstones = conn.execute(forget.returning(documents.c.tombstone)).scalars().all()
+    count = sum(not tombstone for tombstone in tombstones)
+    if len(tombstones) == rows_max:
+        return count, False
     conn.execute(sa.delete(collections).where(row))
-    return True
+    return count, True

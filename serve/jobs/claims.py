@@ -8,7 +8,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from serve.items import Claim, Item, Job, Stage
+from serve.items import VERSION, Claim, Item, Job, Stage
 from serve.jobs import catalog, keys, order, progress, settling
 from serve.jobs.bell import note
 from serve.jobs.book import Book, read
@@ -310,7 +310,8 @@ def _item(
     generation, chunks_max = versions.get((collection, row.name), (row.generation, 0))
     gone = bool(collection) and collection not in collections
     values: dict[str, Any] = dict(zip(_OF_THE_ROW, row, strict=True))
-    superseded = gone or generation > row.generation
+    of_a_version = row.task == "delete" and VERSION in row.payload
+    superseded = gone or (generation > row.generation and not of_a_version)
     return Item(**values, chunks_max=chunks_max, superseded=superseded)
 
 

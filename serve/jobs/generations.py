@@ -1,7 +1,7 @@
 """Generations of documents: they only rise, and `chunks_max` bounds what may lie in the index. It is
 raised before a write lands and lowered only when a write has settled, so an interrupted write or
 delete is cleaned up by the next one. `sha256` is of what has landed, empty while something newer has
-been accepted.
+been accepted, and `RAW` for a vector that its user computed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,10 @@ from serve.jobs.tables import collections, documents
 from serve.records import DocumentVersion, DocumentWrite
 
 
+RAW = "raw"
+"""In the place of a document's hash: its last write was of a raw vector, so no item waits to write or
+delete it. No hash is like it."""
+
 # Statements are made once: building them at each call made a one-document write cost 1.4 ms of
 # CPU instead of 0.5 ms.
 _KEY = (documents.c.collection == sa.bindparam("c"), documents.c.document == sa.bindparam("d"))
@@ -25,7 +29,7 @@ _RAISE = (
         generation=sa.bindparam("g"),
         chunks_max=sa.bindparam("m"),
         tombstone=sa.bindparam("t"),
-        sha256="",
+        sha256=sa.bindparam("h"),
         updated_at=sa.bindparam("u"),
     )
 )
@@ -94,6 +98,8 @@ def begin(
     writes: Sequence[DocumentWrite],
     there: Mapping[str, Known],
     now: float,
+    *,
+    sha256: str = "",
 ) -> Sequence[DocumentVersion]:
     """Accept a write of each document; versions in the order of `writes`. `there` is `known`.
 
@@ -103,9 +109,27 @@ def begin(
     versions = [_next_write(write, there.get(write.document)) for write in writes]
     new = [version for version in versions if version.document not in there]
     old = [version for version in versions if version.document in there]
-    execute(conn, _INSERT, [_fresh(collection, each, now) for each in new])
-    _raise(conn, collection, old, tombstone=False, now=now)
+    fresh = [{**_fresh(collection, each, now), "sha256": sha256} for each in new]
+    execute(conn, _INSERT, fresh)
+    _raise(conn, collection, old, tombstone=False, sha256=sha256, now=now)
     return versions
+
+
+def begin_raw(
+    conn: sa.Connection, collection: str, names: Sequence[str], now: float
+) -> Sequence[int]:
+    """A generation for a write of each raw vector, in order; 0 where the name is a document's.
+
+    Such a write is no item: should it never land, it must not have superseded one that was accepted.
+    So it takes a name that is new, another raw vector's, or free since a delete has settled.
+    Raises NotFound (collection), BadInput (named twice).
+    """
+    there = known(conn, collection, names)
+    taken = {name for name, row in there.items() if not _is_free(row)}
+    writes = [DocumentWrite(name, 1) for name in names if name not in taken]
+    versions = begin(conn, collection, writes, there, now, sha256=RAW)
+    granted = {version.document: version.generation for version in versions}
+    return [granted.get(name, 0) for name in names]
 
 
 def widen(conn: sa.Connection, collection: str, chunks: Mapping[str, int]) -> None:
@@ -175,6 +199,11 @@ def _once_each(names: Sequence[str]) -> None:
         seen.add(name)
 
 
+def _is_free(row: Known) -> bool:
+    """Whether no item of a job has written the name, or has deleted it to the end."""
+    return row.sha256 == RAW or (row.tombstone and row.chunks_max == 0)
+
+
 def _next_write(write: DocumentWrite, row: Known | None) -> DocumentVersion:
     if row is None:
         return DocumentVersion(write.document, 1, write.chunks, existed=False)
@@ -198,7 +227,6 @@ def _fresh(collection: str, version: DocumentVersion, now: float) -> dict[str, A
         "chunks_max": version.chunks_max,
         "chunks": 0,
         "tombstone": False,
-        "sha256": "",
         "updated_at": now,
     }
 
@@ -210,8 +238,9 @@ def _raise(
     *,
     tombstone: bool,
     now: float,
+    sha256: str = "",
 ) -> None:
-    fixed = {"c": collection, "t": tombstone, "u": now}
+    fixed = {"c": collection, "t": tombstone, "h": sha256, "u": now}
     rows = [
         {**fixed, "d": each.document, "g": each.generation, "m": each.chunks_max}
         for each in versions

@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 
 from serve.config import Admission, Jobs, Store
-from serve.jobs import audit, catalog, fence, keys, operations, tenants, usage
+from serve.items import Erased
+from serve.job_ports import Erasure
+from serve.jobs import audit, catalog, erasure, fence, generations, keys, operations, tenants, usage
 from serve.jobs.committer import Committer
 from serve.jobs.file_owner import FileOwner
 from serve.jobs.operations import FOUND, KEY, MADE, NOTHING, TENANT
@@ -18,7 +20,7 @@ from serve.jobs.postgres import Postgres
 from serve.jobs.sqlite import open_database
 from serve.jobs.upkeep import Chore
 from serve.jobs.webhook_owner import WebhookOwner
-from serve.ports import Collections, Fence, Keys, Tenants, Usage
+from serve.ports import Collections, Fence, Keys, Tenants, Usage, Vectors
 from serve.records import (
     AuditEntry,
     Collection,
@@ -43,7 +45,9 @@ HOUR_S = 3600.0
 CLOSE_WAIT_S = 30.0
 
 
-class StoreOwner(FileOwner, WebhookOwner, Keys, Tenants, Usage, Collections, Fence):
+class StoreOwner(
+    FileOwner, WebhookOwner, Keys, Tenants, Usage, Collections, Vectors, Fence, Erasure
+):
     """Implements the Store's ports for one process; every call is acknowledged after its commit.
 
     Calls raise Overloaded when `settings.queue_max` wait, StoreUnavailable when the commit failed
@@ -234,17 +238,25 @@ class StoreOwner(FileOwner, WebhookOwner, Keys, Tenants, Usage, Collections, Fen
             lambda conn, now: catalog.delete(conn, tenant, name, now),
         )
 
-    async def purge_collection(self, uuid: str) -> None:
+    async def purge_collection(self, uuid: str) -> int:
         """Forget a deleted collection and its documents, in several short transactions.
 
-        Raises Conflict when it is live. An interrupted purge is finished by repeating it.
+        Returns how many documents there were. Raises Conflict when it is live. An interrupted purge is
+        finished by repeating it.
         """
-        while not await self._do(lambda conn, _now: catalog.purge(conn, uuid, PURGE_ROWS)):
-            pass
+        count, done = 0, False
+        while not done:
+            some, done = await self._do(lambda conn, _now: catalog.purge(conn, uuid, PURGE_ROWS))
+            count += some
+        return count
 
     async def deleted_collections(self) -> Sequence[Collection]:
         """Deleted but not yet purged."""
         return await self._do(lambda conn, _now: catalog.deleted(conn))
+
+    async def grant_vectors(self, collection: str, names: Sequence[str]) -> Sequence[int]:
+        """A generation for each raw vector; 0 where the name is a document's. Raises NotFound."""
+        return await self._do(lambda conn, now: generations.begin_raw(conn, collection, names, now))
 
     async def take_epoch(self, name: str, deploy_seq: int) -> int:
         """Become the writer `name`. Raises Fenced when a later deployment took it."""
@@ -255,6 +267,23 @@ class StoreOwner(FileOwner, WebhookOwner, Keys, Tenants, Usage, Collections, Fen
     ) -> frozenset[str]:
         """Documents with a newer generation, all if the collection is gone. Raises Fenced."""
         return await self._do(lambda conn, _now: fence.superseded(conn, name, epoch, ns, versions))
+
+    async def erase_jobs(self, tenant: str, jobs: Sequence[str]) -> Erased:
+        """Stop these jobs, or forget some of what is theirs, in the end themselves."""
+        return await self._do(lambda conn, now: erasure.erase_jobs(conn, tenant, jobs, now))
+
+    async def erase_rest(self, tenant: str) -> Erased:
+        """Forget webhooks and some of their deliveries, idempotency keys, efforts."""
+        return await self._do(lambda conn, _now: erasure.erase_rest(conn, tenant))
+
+    async def note_erasure(self, op: str, tenant: str, by: str, detail: Mapping[str, Any]) -> None:
+        """An entry of the audit log."""
+        await self._once(
+            op,
+            "note_erasure",
+            NOTHING,
+            lambda conn, now: erasure.note(conn, tenant, by, detail, now),
+        )
 
     def _keep_up(self, conn: sa.Connection, now: float) -> None:
         for chore in self._chores:

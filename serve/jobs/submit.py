@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from serve.errors import Mismatch, QuotaExceeded
-from serve.items import Accepted, Job, JobState, NewItem, Once
+from serve.items import VERSION, Accepted, Job, JobState, NewItem, Once
 from serve.jobs import generations, order, progress, tenants, webhook_rows
 from serve.jobs.book import Book, read
 from serve.jobs.job_tables import idempotency, items, job_totals, jobs
@@ -120,7 +120,8 @@ def add_items(
     tenants.hold(conn, tenant)
     book = Book(conn, now)
     book.open([job_id])
-    if book[job_id].state != "validating":
+    job = book.find(job_id)
+    if job is None or job.state != "validating":  # None: erased, since its item was read
         return False
     found = conn.execute(_THERE, {"job": job_id, "first": start, "end": start + len(new)})
     there = frozenset(found.scalars())
@@ -252,7 +253,8 @@ def _grant(book: Book, collection: str, rows: Sequence[dict[str, Any]]) -> list[
     for row in rows:
         known = there.get(row["name"])
         if row["task"] == "delete":
-            deletes.append(row)
+            if not _is_older(row, known):
+                deletes.append(row)
         elif known is not None and known.sha256 and known.sha256 == row["sha256"]:
             skipped.append(_skip(row, "unchanged", known.generation))
         else:
@@ -268,10 +270,22 @@ def _grant(book: Book, collection: str, rows: Sequence[dict[str, Any]]) -> list[
         deletes, generations.delete(conn, collection, names, there, now), strict=True
     ):
         row["generation"] = version.generation
-        row["payload"] = {"existed": version.existed}
+        row["payload"] = {"existed": version.existed or VERSION in row["payload"]}
         if version.generation == 0:
             skipped.append(_skip(row, "absent", 0))
     return skipped
+
+
+def _is_older(row: dict[str, Any], known: generations.Known | None) -> bool:
+    """Whether it is the delete of a version that a newer write has replaced, or will.
+
+    Then it keeps that version's generation: it supersedes nothing, and removes what is left of it.
+    """
+    version = row["payload"].get(VERSION)
+    if version is None or known is None or known.tombstone or known.generation <= version:
+        return False
+    row |= {"generation": version, "payload": {"existed": True, VERSION: version}}
+    return True
 
 
 def _skip(row: dict[str, Any], status: str, generation: int) -> dict[str, Any]:

@@ -46,6 +46,8 @@ from serve.flows.collections import CollectionFlow
 from serve.flows.context import Context
 from serve.flows.document_work import DocumentWork
 from serve.flows.embed import EmbedFlow
+from serve.flows.erasure import EraseFlow
+from serve.flows.exports import ExportFlow
 from serve.flows.feed import Feed
 from serve.flows.files import FileFlow
 from serve.flows.ingest import IngestFlow
@@ -55,6 +57,7 @@ from serve.flows.operators import OperatorFlow
 from serve.flows.search import SearchFlow
 from serve.flows.streams import Streams
 from serve.flows.usage import UsageFlow
+from serve.flows.vectors import VectorFlow
 from serve.flows.webhooks import WebhookFlow
 from serve.index.memory import MemoryIndex
 from serve.index.writer import Writer
@@ -411,6 +414,7 @@ class Builder:
         embed = EmbedFlow(context, kept_bytes_max=settings.cache.bytes_max)
         collections = CollectionFlow(context, ports.store, ports.upserter)
         feed = Feed(ports.store, self.clock)
+        ingest = IngestFlow(context, collections, ports.store, feed)
         files = FileFlow(context, ports.store, ports.blobs)
 
         async def ready() -> dict[str, bool]:
@@ -421,9 +425,25 @@ class Builder:
             Door(ports.store, settings.admission, clock=self.clock, wall=self.wall),
             embed,
             collections,
-            IngestFlow(context, collections, ports.store, feed),
+            ingest,
             SearchFlow(context, collections, embed, ports.index),
+            VectorFlow(
+                context,
+                collections,
+                ports.store,
+                upserter=ports.upserter,
+                index=ports.index,
+                ingest=ingest,
+            ),
+            ExportFlow(context, collections, ports.index),
             OperatorFlow(settings, ports.store, ports.store, self.wall),
+            EraseFlow(
+                ports.store,
+                upserter=ports.upserter,
+                index=ports.index,
+                blobs=ports.blobs,
+                wait_s=settings.limits.deadline_s_max,
+            ),
             UsageFlow(context, ports.store, ports.queues),
             JobFlow(
                 context, collections, ports.store, ports.store, queues=ports.queues, files=files
