@@ -23,6 +23,7 @@ from bench import texts
 from bench.report import ROOT, arguments, finish, percentile, ratios, spread, table
 from deployments.places import DeployFile
 from serve import config
+from serve.config.embedding import PRECISIONS
 from serve.embedding.pool import Pool
 from serve.embedding.tokenizer import Tokenizer
 from serve.flows.batching import Batcher
@@ -125,20 +126,21 @@ class Bench:
             await batcher.submit(next(self._calls))
 
 
-def of_the_file() -> config.Pool:
-    """The pool of config.yaml."""
+def of_the_file(precision: config.Precision = "auto") -> config.Pool:
+    """The pool of config.yaml, its models in that precision."""
     file = DeployFile.read(ROOT / "config.yaml")
     [settings] = file.settings.under(file.data_dir(None)).pools
-    return settings
+    models = (one.model_copy(update={"precision": precision}) for one in settings.models)
+    return settings.model_copy(update={"models": tuple(models)})
 
 
 async def measure(
-    targets_ms: Sequence[float], *, rounds: int, seconds: float
+    pool: config.Pool, targets_ms: Sequence[float], *, rounds: int, seconds: float
 ) -> dict[float, Sample]:
     """Every target in every round."""
     samples = {target: Sample() for target in targets_ms}
     with ThreadPoolExecutor(1, "model") as executor:
-        bench = Bench(of_the_file(), executor)
+        bench = Bench(pool, executor)
         await asyncio.get_running_loop().run_in_executor(executor, bench.load)
         for number in range(rounds):
             turns = list(samples.items())
@@ -202,13 +204,16 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--targets", type=float, nargs="+", default=TARGETS_MS, metavar="MS", help="to compare"
     )
+    parser.add_argument("--precision", choices=sorted(PRECISIONS["onnx"]), default="auto")
     parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=2, help="of a target, in a round")
     options = parser.parse_args(words)
     rounds, seconds = (1, 1.5) if options.smoke else (options.rounds, options.seconds)
-    result = summary(asyncio.run(measure(options.targets, rounds=rounds, seconds=seconds)))
+    pool = of_the_file(options.precision)
+    result = summary(asyncio.run(measure(pool, options.targets, rounds=rounds, seconds=seconds)))
     print(shown(result))
-    head = {"smoke": options.smoke, "rounds": rounds, "seconds": seconds}
+    head = {"smoke": options.smoke, "precision": options.precision}
+    head |= {"rounds": rounds, "seconds": seconds}
     out: Path | None = options.out
     finish("handout", "default", {**head, **result}, out)
 
