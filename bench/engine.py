@@ -121,7 +121,7 @@ class Bench:
                     if self._device.ours == f"{name}_planned":
                         self._waste(load, planned)
                     for packing, batches in (("planned", planned), ("arrival", load.arrival())):
-                        ways[f"{name}_{packing}"] = _forwarding(engine, load, batches)
+                        ways[f"{name}_{packing}"] = _forwarding(engine, load, batches, threads)
                 names = list(ways) if number % 2 == 0 else list(ways)[::-1]
                 for way in names:
                     self._time(threads, load, way, ways[way])
@@ -174,9 +174,9 @@ def _encoding(encode: Encode, load: Load) -> Callable[[], object]:
 
 
 def _forwarding(
-    engine: Engine, load: Load, batches: Sequence[Sequence[int]]
+    engine: Engine, load: Load, batches: Sequence[Sequence[int]], threads: int
 ) -> Callable[[], object]:
-    return lambda: forward(engine, load, batches)
+    return lambda: forward(engine, load, batches, threads)
 
 
 def summary(results: Results, ours: str, every: Sequence[Load], shape: Shape) -> dict[str, Any]:

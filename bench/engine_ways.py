@@ -3,6 +3,7 @@
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -105,11 +106,16 @@ def _in(model: config.Model, engine: str, precision: str) -> config.Model:
     return model.model_copy(update={"engine": engine, "precision": precision})
 
 
-def forward(engine: Engine, load: Load, batches: Sequence[Sequence[int]]) -> Vector:
-    """All texts of a load, in their order."""
+def forward(engine: Engine, load: Load, batches: Sequence[Sequence[int]], threads: int) -> Vector:
+    """All texts of a load, in their order, so many batches at once: what a pool calls its slots."""
     vectors = np.zeros((len(load.inputs), engine.dimensions), np.float32)
-    for batch in batches:
+
+    def embed(batch: Sequence[int]) -> None:
         vectors[batch] = engine.forward([load.inputs[at] for at in batch])
+
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(embed, batches):
+            """Each has put its rows in their places."""
     return vectors
 
 

@@ -24,6 +24,7 @@ from bench.report import ROOT, arguments, finish, percentile, ratios, spread, ta
 from deployments.places import DeployFile
 from serve import config
 from serve.config.embedding import PRECISIONS
+from serve.embedding.engines import slots_of
 from serve.embedding.pool import Pool
 from serve.embedding.tokenizer import Tokenizer
 from serve.flows.batching import Batcher
@@ -139,7 +140,7 @@ async def measure(
 ) -> dict[float, Sample]:
     """Every target in every round."""
     samples = {target: Sample() for target in targets_ms}
-    with ThreadPoolExecutor(1, "model") as executor:
+    with ThreadPoolExecutor(slots_of(pool), "model") as executor:
         bench = Bench(pool, executor)
         await asyncio.get_running_loop().run_in_executor(executor, bench.load)
         for number in range(rounds):

@@ -24,6 +24,7 @@ from bench.peers import PROFILES
 from bench.report import arguments, finish, ratios, spread, table
 from bench.servers import ceiling_recipe
 from serve import config
+from serve.embedding.engines import slots_of
 
 
 INPUTS = 32
@@ -101,7 +102,8 @@ def main(words: Sequence[str] | None = None) -> None:
     pool = pool_of(change)
     load = Load("x32", CONNECTIONS * options.ingress, INPUTS)
     try:
-        with ThreadPoolExecutor(1, "model") as executor, service(options, change) as target:
+        threads = ThreadPoolExecutor(slots_of(pool), "model")
+        with threads as executor, service(options, change) as target:
             bench = Bench(pool, executor)
             executor.submit(bench.load).result()
             turns = {"rounds": rounds, "seconds": seconds}

@@ -33,8 +33,8 @@ class Embedder:
         # First: Serve calls `__del__` even when a model cannot be loaded.
         self._outlet = Outlet(self.embed, calls_max=pool.calls_max)
         self._drain_s = settings.actors.drain_s
-        self._executor = ThreadPoolExecutor(1, "model")  # one slot: two pools of threads fight
         self._pool = Pool(pool, clock=time.monotonic)
+        self._executor = ThreadPoolExecutor(self._pool.slots, "model")
         await asyncio.get_running_loop().run_in_executor(self._executor, self._pool.load)
         self._batcher = self.batcher(
             self._pool,

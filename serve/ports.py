@@ -30,7 +30,9 @@ from serve.records import (
 
 
 class Engine(Protocol):
-    """Runs one model. Called from one thread at a time, never from the event loop."""
+    """Runs one model. Never called from the event loop, and from as many threads at once as its pool
+    has slots: one unless all its models run as graphs.
+    """
 
     accepts: frozenset[InputKind]
     dimensions: int

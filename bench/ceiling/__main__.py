@@ -69,8 +69,8 @@ class InProcess:
     @classmethod
     async def load(cls, settings: PoolSettings, whole: Settings) -> "InProcess":
         """Load and warm the pool's models."""
-        executor = ThreadPoolExecutor(1, "model")
         pool = Pool(settings, clock=time.monotonic)
+        executor = ThreadPoolExecutor(pool.slots, "model")
         await asyncio.get_running_loop().run_in_executor(executor, pool.load)
         return cls(
             Batcher(

@@ -38,6 +38,16 @@ def threads_of(settings: PoolSettings) -> int:
     return max(1, int(settings.cpus))
 
 
+def slots_of(settings: PoolSettings) -> int:
+    """How many hand-outs work at once: one for each CPU thread where all models run as graphs.
+
+    Threads that share a batch wait for each other at every operation, or for the one with the larger
+    part: three texts cannot be halved. A GPU, and torch, take one batch at a time.
+    """
+    graphs = settings.gpus == 0 and all(model.engine == "onnx" for model in settings.models)
+    return threads_of(settings) if graphs else 1
+
+
 def in_bfloat16(model: Model) -> bool:
     """Whether a graph is to run in bfloat16: asked for, or of use here and possible."""
     if model.precision == "auto":

@@ -1,14 +1,13 @@
-"""What the engines over a graph have in common: rows into arrays, and a batch shared out over threads."""
+"""What the engines over a graph have in common: rows into arrays, and which way they go."""
 
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serve.config import Model
 from serve.embedding.graphs import Graph
-from serve.embedding.packing import shares
 from serve.embedding.rows import Rows
 from serve.records import Input, InputKind, Vector
 
@@ -23,9 +22,8 @@ Run = Callable[[NDArray[np.int64], NDArray[np.int64]], Vector]
 class GraphEngine:
     """Implements `ports.Engine` over two ways through a graph.
 
-    `wide` uses every thread for one batch; `narrow` uses the thread that calls it, and as many may
-    call it at once as there are threads. `parts` says of the tokens of each input into how many parts a
-    batch is cut, each of which one thread takes through the whole graph; 0 is the wide way.
+    `narrow` uses the thread that calls it. `wide` uses all of them for one batch, and is taken by a
+    batch that is alone, if it is `small`: (inputs, tokens padded) -> bool.
     """
 
     accepts: frozenset[InputKind] = frozenset({"ids"})
@@ -37,37 +35,34 @@ class GraphEngine:
         *,
         wide: Run,
         narrow: Run,
-        threads: int,
-        parts: Callable[[Sequence[int]], int],
+        small: Callable[[int, int], bool],
     ) -> None:
         self.dimensions = model.dimensions
         self._rows = Rows(
             model, vocab_size=graph.vocab_size, pad_id=graph.pad_id, pad_left=graph.pad_left
         )
-        self._wide, self._narrow = wide, narrow
-        self._parts = parts
-        self._threads = ThreadPoolExecutor(threads, "graph")
+        self._wide, self._narrow, self._small = wide, narrow, small
+        self._under_way = 0
+        self._counting = threading.Lock()
 
     def forward(self, batch: Sequence[Input]) -> Vector:
         """See `ports.Engine.forward`. Raises BadInput for what the model cannot read."""
-        vectors = np.zeros((len(batch), self.dimensions), np.float32)
         if not batch:
-            return vectors
-        tokens = [len(one.ids) if one.ids is not None else 0 for one in batch]
-        count = min(self._parts(tokens), len(batch))
-        if count <= 1:
-            run = self._narrow if count else self._wide
-            return run(*self._rows.padded(batch))
-        parts = shares(tokens, count)
-        rows = [[batch[at] for at in part] for part in parts]
-        for part, found in zip(parts, self._threads.map(self._part, rows), strict=True):
-            vectors[part] = found
-        return vectors
+            return np.zeros((0, self.dimensions), np.float32)
+        ids, mask = self._rows.padded(batch)
+        with self._counting:
+            alone = not self._under_way
+            self._under_way += 1
+        try:
+            return (
+                self._wide(ids, mask)
+                if alone and self._small(*ids.shape)
+                else self._narrow(ids, mask)
+            )
+        finally:
+            with self._counting:
+                self._under_way -= 1
 
     def close(self) -> None:
         """Drop the weights."""
-        self._threads.shutdown()
         del self._wide, self._narrow
-
-    def _part(self, batch: Sequence[Input]) -> Vector:
-        return self._narrow(*self._rows.padded(batch))

@@ -4,8 +4,6 @@ One short text takes a third of torch's time, and a replica that runs a graph im
 which is 10 s of its start and 400 MB.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
@@ -17,10 +15,8 @@ from serve.errors import ModelUnavailable
 from serve.records import Vector
 
 
-PART_INPUTS_MIN = 2
-"""Inputs that a thread takes by itself, at least. Threads that need not meet at every operation take a
-fifth to a quarter less time for 16 or 32 short texts, and as long for passages.
-"""
+WIDE_INPUTS = 1
+"""Up to so many inputs for each thread, all threads together are quicker than one."""
 
 ERRORS_ONLY = 3
 """ONNX Runtime's level of logging."""
@@ -34,10 +30,10 @@ class OnnxEngine(GraphEngine):
         wide = open_run(model, graph, threads)
         narrow = wide if threads == 1 else open_run(model, graph, 1)
 
-        def parts(tokens: Sequence[int]) -> int:
-            return threads if 1 < threads <= len(tokens) // PART_INPUTS_MIN else 0
+        def small(inputs: int, _tokens: int) -> bool:
+            return inputs <= WIDE_INPUTS * threads
 
-        super().__init__(model, graph, wide=wide, narrow=narrow, threads=threads, parts=parts)
+        super().__init__(model, graph, wide=wide, narrow=narrow, small=small)
 
 
 def open_run(model: Model, graph: Graph, threads: int) -> Run:

@@ -5,7 +5,6 @@ has no such kernels on x86 (onnxruntime#19937).
 """
 
 import sys
-from collections.abc import Sequence
 from queue import LifoQueue
 from typing import TYPE_CHECKING
 
@@ -34,11 +33,6 @@ DEVICE = "CPU"
 FEW_TOKENS = 32
 """Up to here ONNX Runtime is quicker with all threads: 4.5 ms for a short text, against 5.5 to 9."""
 
-PART_TOKENS_MIN = 64
-"""Tokens that a thread takes by itself, at least: 16 short texts cost 1.3 CPU-ms each together and 1.7 in
-fours. Over HTTP anything from 24 to 128 came to the same requests a second.
-"""
-
 FINE, FINE_UP_TO, COARSE = 4, 32, 8
 """Lengths are rounded up to a multiple of 4, above 32 tokens of 8. OpenVINO makes kernels for each
 number of tokens in a batch that it has not seen, 13 ms in the median: this bounds how often.
@@ -47,7 +41,7 @@ number of tokens in a batch that it has not seen, 13 ms in the median: this boun
 
 class OpenVinoEngine(GraphEngine):
     """Over a checked graph: the model's own vectors but for bfloat16's rounding. Whoever makes one
-    compares it (`engines`). A few tokens go through ONNX Runtime in float32.
+    compares it (`engines`). A few tokens that come alone go through ONNX Runtime in float32.
     """
 
     def __init__(self, model: Model, graph: Graph, *, threads: int) -> None:
@@ -59,21 +53,19 @@ class OpenVinoEngine(GraphEngine):
                 error
             )
 
-        def parts(tokens: Sequence[int]) -> int:
-            total = sum(tokens)
-            return 0 if total <= FEW_TOKENS else max(1, min(threads, total // PART_TOKENS_MIN))
+        def small(inputs: int, tokens: int) -> bool:
+            return inputs * tokens <= FEW_TOKENS
 
         super().__init__(
             model,
             graph,
             wide=open_run(model, graph, threads),
-            narrow=_Lanes(compiled, threads, graph, model.tokens_max).run,
-            threads=threads,
-            parts=parts,
+            narrow=_Requests(compiled, threads, graph, model.tokens_max).run,
+            small=small,
         )
 
 
-class _Lanes:
+class _Requests:
     """As many requests as threads; each serves one caller at a time."""
 
     def __init__(

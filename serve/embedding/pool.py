@@ -15,7 +15,7 @@ from serve.config import Pool as PoolSettings
 from serve.embedding import memory
 from serve.embedding.budget import choose
 from serve.embedding.cpu import cpu_name
-from serve.embedding.engines import BUILDERS, Builder, import_runtime, threads_of
+from serve.embedding.engines import BUILDERS, Builder, import_runtime, slots_of, threads_of
 from serve.embedding.files import verify, weights_bytes
 from serve.embedding.guard import checked, out_of_memory
 from serve.embedding.holdings import Holdings
@@ -38,7 +38,7 @@ PROBE_S_MAX = 0.7
 class Pool:
     """Holds the engines of one pool. Everything but `engine` and `profile` is called from threads, never
     from an event loop: loads, unloads and `close` from one at a time, `probe` and `relieve` also beside
-    them. `holdings` belongs to whoever runs the pool.
+    them. `holdings` belongs to whoever runs the pool; `slots` threads may call an engine at once.
 
     `builders` is for tests: engines by the word that stands in `Model.engine`. So is `held`: the
     memory of this process, of which a model's is the difference that its load makes.
@@ -53,6 +53,7 @@ class Pool:
         held: Callable[[], int] | None = None,
     ) -> None:
         self.holdings = Holdings(settings)
+        self.slots = slots_of(settings)
         self._settings = settings
         self._clock = clock
         self._builders = builders

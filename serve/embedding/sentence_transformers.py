@@ -6,6 +6,7 @@ itself; here `packing` has decided that. Importing this takes about 10 s: `pool`
 
 import importlib.util
 import logging
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ class SentenceTransformersEngine:
         dtype = dtype_of(model.precision, capability)
         inner = _load(model, folder, device, dtype, flash=flash_fits(dtype, capability))
         self.dimensions = model.dimensions
+        self._turn = threading.Lock()
         self._device = device
         _check(model, inner)
         self.composed = Composed(inner).eval()
@@ -90,8 +92,8 @@ class SentenceTransformersEngine:
         """See `ports.Engine.forward`. Raises BadInput for what the model cannot read."""
         if not batch:
             return np.zeros((0, self.dimensions), np.float32)
-        features = self._in_one_row(batch) if self.flat else self._padded(batch)
-        return self._embed(features)
+        with self._turn:  # where it stands in for a graph several threads may call
+            return self._embed(self._in_one_row(batch) if self.flat else self._padded(batch))
 
     def reads_flat(self) -> bool:
         """Whether the model makes the same vectors without padding: nothing else would notice."""

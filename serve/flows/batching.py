@@ -1,7 +1,7 @@
 """From waiting calls to vectors: fair queue -> hand-out -> planned batches -> model.
 
-One `Batcher` stands in each embedder replica, in front of one model slot. A hand-out is formed
-only when the model is free, so batches grow by themselves under load and nothing lingers when
+One `Batcher` stands in each embedder replica, in front of the model's slots. A hand-out is formed
+only when a slot is free, so batches grow by themselves under load and nothing lingers when
 there is none. `deployments.embedder` owns its task and asks `check`; `recovery` runs batches,
 `loading` loads models beside them, `refusals` says what is taken in.
 """
@@ -23,6 +23,7 @@ from serve.flows.parking import Parked
 from serve.flows.pending import Member, Pending, Slice, Tally, tokens_of
 from serve.flows.recovery import Engines, Ran, Runner, gone
 from serve.flows.refusals import admit
+from serve.flows.slots import Slots
 from serve.flows.turns import outlook
 from serve.records import EmbedCall, EmbedReply, QueueReport
 
@@ -34,6 +35,7 @@ class Batcher:
     and is loaded again. `healthy` turns false for good when that did not help or does not end and no
     other model works, when a pass does not return, or when `run` ends; from then on every call,
     waiting or new, is answered with ModelUnavailable. `loader` is the thread of loads; None is the event loop's own.
+    `executor` has a thread for each of the engines' slots.
     """
 
     def __init__(
@@ -55,8 +57,10 @@ class Batcher:
             {"interactive": admission.interactive_share, "bulk": admission.bulk_share}
         )
         self._parked = Parked()
-        self._costs = Costs(models, item_overhead_tokens=batch.item_overhead_tokens)
-        self._free_at = 0.0
+        self._slots = Slots(engines.slots)
+        self._costs = Costs(
+            models, item_overhead_tokens=batch.item_overhead_tokens, slots=engines.slots
+        )
         self._wake = asyncio.Event()
         self._calls: set[Pending] = set()
         self.healthy = True
@@ -92,7 +96,7 @@ class Batcher:
                 self._parked,
                 batch=self._batch,
                 costs=self._costs,
-                busy_s=self._busy_s(),
+                busy_s=self._slots.busy_s(self._clock()),
             )
             pending = self._pending(call, own_s)
         except BaseException:
@@ -250,7 +254,8 @@ class Batcher:
         """
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._hand_outs())
+                for _ in range(self._slots.number):
+                    group.create_task(self._hand_outs())
                 group.create_task(self._keep())
         finally:
             self._give_up()
@@ -321,16 +326,16 @@ class Batcher:
             items_max=self._batch.items_max,
         )
         sizes = [padded([tokens[position] for position in batch]) for batch in batches]
-        self._free_at = began + sum(pace.seconds(size) for size in sizes)
+        visit = self._slots.enter(began + sum(pace.seconds(size) for size in sizes))
         self._holdings.hold(model)  # callers may leave while their work is at it
         for batch in reversed(batches):
             await self._run(model, [members[position] for position in batch])
-        self._free_at = self._clock()
+        took_s = (self._clock() - began) / self._slots.busy  # others worked meanwhile
+        self._slots.leave(visit)
         self._leave(model, used=True)
         self.tally.handouts += 1
         if full and self.tally.repeated == repeated:
-            cost = self._costs.cost(model, sum(tokens), len(tokens))
-            self._costs.rate.learn(cost, self._free_at - began)
+            self._costs.rate.learn(self._costs.cost(model, sum(tokens), len(tokens)), took_s)
 
     async def _run(self, model: str, members: list[Member]) -> None:
         """One batch, of those who still wait for it; the rest is refunded."""
@@ -379,7 +384,7 @@ class Batcher:
         told = outlook(
             self._queue,
             pace_s=self._costs.rate.seconds(1),
-            busy_s=self._busy_s(),
+            busy_s=self._slots.busy_s(self._clock()),
             places_max=places_max,
             now=self._clock(),
         )
@@ -392,7 +397,3 @@ class Batcher:
             tenants_waiting(self._queue),
             told,
         )
-
-    def _busy_s(self) -> float:
-        """Predicted seconds until the hand-out in flight is done."""
-        return max(self._free_at - self._clock(), 0.0)

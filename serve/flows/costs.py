@@ -17,10 +17,13 @@ GUESS = Pace(overhead_s=0.0, token_s=1 / 5000)
 
 
 class Costs:
-    """Paces of models, and the pace of the queue (`rate`, in cost), which learns on its own."""
+    """Paces of models in one slot, and the pace of the queue (`rate`, in cost), which learns on its own:
+    that of all slots together.
+    """
 
-    def __init__(self, models: Sequence[str], *, item_overhead_tokens: int) -> None:
+    def __init__(self, models: Sequence[str], *, item_overhead_tokens: int, slots: int = 1) -> None:
         self._models = models
+        self._slots = slots
         self._overhead = item_overhead_tokens
         self._seconds: dict[str, float] = {}
         self._unit: str | None = None
@@ -34,7 +37,7 @@ class Costs:
         unit = next((one for one in self._models if one in self._seconds), model)
         if unit != self._unit:
             self._unit = unit
-            self.rate = Pace(overhead_s=0.0, token_s=self._seconds[unit] / PROFILE_TOKENS)
+            self.rate = Pace(0.0, self._seconds[unit] / PROFILE_TOKENS / self._slots)
 
     def cost(self, model: str, tokens: int, inputs: int = 1) -> float:
         """Tokens and a fixed part per input, in the unit's device time."""

@@ -37,6 +37,8 @@ class Engines(Protocol):
     """The pool, as the batcher sees it."""
 
     holdings: Holdings
+    slots: int
+    """Hand-outs that may be at the model at once."""
 
     def engine(self, model_id: str) -> Engine:
         """The loaded engine. Raises NotFound, ModelUnavailable."""
@@ -76,7 +78,7 @@ class Ran:
 
 
 class Runner:
-    """Runs batches on the model's thread, one at a time.
+    """Runs batches on the model's threads, one on each.
 
     Each model has a budget, the padded tokens of a batch: it shrinks when the device runs out of
     memory, and grows back.
@@ -96,7 +98,7 @@ class Runner:
         self._paces = paces
         self._batch = batch
         self._budgets: dict[str, Budget] = {}
-        self._began: float | None = None
+        self._begun: dict[object, float] = {}
         self._executor = executor
         self._clock = clock
         self._tally = tally
@@ -112,7 +114,7 @@ class Runner:
     def check(self) -> None:
         """Raises ModelUnavailable when a pass is at the model for so long that it never returns."""
         most_s = self._batch.forward_s_max
-        if self._began is not None and self._clock() - self._began > most_s:
+        if self._begun and self._clock() - min(self._begun.values()) > most_s:
             raise ModelUnavailable(f"A batch is at the model for more than {most_s:g} s.")
 
     async def run(self, members: list[Member]) -> Ran:
@@ -204,15 +206,16 @@ class Runner:
         return True
 
     async def _on_device(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call it in the model's thread, under the eyes of `check`."""
+        """Call it in one of the model's threads, under the eyes of `check`."""
         loop = asyncio.get_running_loop()
-        self._began = self._clock()
+        visit = object()
+        self._begun[visit] = self._clock()
         try:
             return await loop.run_in_executor(
                 self._executor, partial(called, function, *args, **kwargs)
             )
         finally:
-            self._began = None
+            del self._begun[visit]
 
     def _answer(self, member: Member, error: ServiceError, ran: Ran) -> None:
         pending, index = member

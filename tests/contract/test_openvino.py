@@ -80,20 +80,6 @@ def test_few_tokens_are_in_float32_and_more_in_bfloat16() -> None:
 
 
 @in_bfloat16
-@pytest.mark.parametrize(
-    ("inputs", "tokens", "parts"), [(3, 16, 1), (4, 31, 1), (4, 32, 2), (1, 256, 1), (64, 16, 4)]
-)
-def test_a_thread_takes_no_less_than_is_worth_it(monkeypatch, inputs, tokens, parts) -> None:
-    graph = Graphs(GRAPHS).take(MINILM, threads=2)
-    engine = OpenVinoEngine(MINILM, graph, threads=4)
-    sizes: list[int] = []
-    run = engine._narrow
-    monkeypatch.setattr(engine, "_narrow", lambda *both: sizes.append(len(both[0])) or run(*both))
-    engine.forward([Input(ids=np.full(tokens, 1000, np.int32))] * inputs)
-    assert (len(sizes), sum(sizes)) == (parts, inputs)
-
-
-@in_bfloat16
 def test_many_threads_share_few_requests() -> None:
     graph = Graphs(GRAPHS).take(MINILM, threads=2)
     engine = OpenVinoEngine(MINILM, graph, threads=2)

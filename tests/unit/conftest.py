@@ -41,7 +41,7 @@ def call(*inputs: Input, tenant="ann", **fields) -> EmbedCall:
 
 
 class Device(Executor):
-    """Stands in for the model's thread: runs at once, or on `step` while it is held."""
+    """Stands in for the model's threads: runs at once, or on `step` while it is held."""
 
     def __init__(self) -> None:
         self.held = False
@@ -115,6 +115,7 @@ class Rig:
         only="mn",
         **batch,
     ) -> None:
+        self.slots = batch.pop("slots", 1)
         self.overhead_s = overhead_s
         models = [
             model.model_copy(

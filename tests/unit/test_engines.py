@@ -10,7 +10,7 @@ import pytest
 from serve.config import Model, Settings
 from serve.config import Pool as PoolSettings
 from serve.embedding import cpu, engines
-from serve.embedding.engines import BUILDERS, import_runtime
+from serve.embedding.engines import BUILDERS, import_runtime, slots_of
 from serve.errors import ModelUnavailable
 
 
@@ -123,6 +123,24 @@ def test_the_runtimes_of_a_model_are_imported_before_it_is_measured(made, monkey
 def test_a_missing_runtime_is_left_to_the_builder(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "serve.embedding.sentence_transformers", None)
     import_runtime(BUILDERS["sentence_transformers"], MINILM)
+
+
+@pytest.mark.parametrize(
+    ("words", "fields", "slots"),
+    [
+        (("onnx",), {"cpus": 4}, 4),
+        (("onnx", "onnx"), {"cpus": 2}, 2),
+        (("onnx",), {"cpus": 0.5}, 1),
+        (("onnx", "fake"), {"cpus": 2}, 1),
+        (("sentence_transformers",), {"cpus": 2}, 1),
+        (("sentence_transformers",), {"cpus": 2, "gpus": 1}, 1),
+    ],
+)
+def test_graphs_have_a_slot_for_each_thread_and_others_one(words, fields, slots) -> None:
+    models = tuple(
+        MINILM.model_copy(update={"id": f"m{at}", "engine": word}) for at, word in enumerate(words)
+    )
+    assert slots_of(PoolSettings(models=models, **fields)) == slots
 
 
 # --- the processor --------------------------------------------------------------------------

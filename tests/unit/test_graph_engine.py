@@ -1,4 +1,4 @@
-"""How a batch goes through a graph: the wide way, one thread, or a part for each."""
+"""Which way a batch goes through a graph: by all threads, or by the one that calls."""
 
 import threading
 from pathlib import Path
@@ -21,26 +21,32 @@ class Ways:
     """Both ways: a row is (its tokens, 1 if it came through the wide way)."""
 
     def __init__(self) -> None:
-        self.shapes: list[tuple[str, int, int]] = []
-        self.threads: set[str] = set()
+        self.taken: list[tuple[str, int, int]] = []
+        self.wait = threading.Event()
+        self.wait.set()
+        self.entered = threading.Event()
 
     def wide(self, ids, mask):
         return self._rows("wide", ids, mask)
 
     def narrow(self, ids, mask):
-        self.threads.add(threading.current_thread().name)
         return self._rows("narrow", ids, mask)
 
     def _rows(self, way, ids, mask):
-        self.shapes.append((way, *ids.shape))
-        return np.stack(
-            [mask.sum(axis=1), np.full(len(ids), way == "wide")], axis=1, dtype=np.float32
-        )
+        self.taken.append((way, *ids.shape))
+        self.entered.set()
+        assert self.wait.wait(20)
+        columns = [mask.sum(axis=1), np.full(len(ids), way == "wide")]
+        return np.stack(columns, axis=1, dtype=np.float32)
 
 
-def engine(ways: Ways, count: int) -> GraphEngine:
+def engine(ways: Ways) -> GraphEngine:
     return GraphEngine(
-        MODEL, GRAPH, wide=ways.wide, narrow=ways.narrow, threads=3, parts=lambda _: count
+        MODEL,
+        GRAPH,
+        wide=ways.wide,
+        narrow=ways.narrow,
+        small=lambda inputs, tokens: inputs * tokens <= 20,
     )
 
 
@@ -49,45 +55,43 @@ def batch(*tokens: int) -> list[Input]:
 
 
 @pytest.mark.parametrize(
-    ("count", "shapes"),
-    [
-        (0, [("wide", 4, 9)]),
-        (1, [("narrow", 4, 9)]),
-        (2, [("narrow", 1, 9), ("narrow", 3, 5)]),
-        (9, [("narrow", 1, 1), ("narrow", 1, 3), ("narrow", 1, 5), ("narrow", 1, 9)]),
-    ],
+    ("tokens", "way"), [((5, 3, 1, 5), "wide"), ((5, 3, 1, 6), "narrow"), ((21,), "narrow")]
 )
-def test_a_batch_is_cut_as_it_is_said_and_comes_back_in_order(count, shapes) -> None:
+def test_a_small_batch_that_is_alone_has_all_threads(tokens, way) -> None:
     ways = Ways()
-    vectors = engine(ways, count).forward(batch(3, 9, 1, 5))
-    assert vectors[:, 0].tolist() == [3, 9, 1, 5]
-    assert vectors.dtype == np.float32
-    assert sorted(ways.shapes) == shapes
+    vectors = engine(ways).forward(batch(*tokens))
+    assert vectors[:, 0].tolist() == list(tokens)
+    assert ways.taken == [(way, len(tokens), max(tokens))]
 
 
-def test_one_part_stays_in_the_thread_that_asks() -> None:
+def test_one_in_company_has_its_own_until_it_is_alone_again() -> None:
     ways = Ways()
-    engine(ways, 1).forward(batch(2, 2))
-    assert ways.threads == {threading.current_thread().name}
-    engine(ways, 2).forward(batch(2, 2))
-    assert any(name.startswith("graph") for name in ways.threads)
+    made = engine(ways)
+    ways.wait.clear()
+    first = threading.Thread(target=made.forward, args=(batch(5),))
+    first.start()
+    assert ways.entered.wait(20)
+    second = threading.Thread(target=made.forward, args=(batch(6),))
+    second.start()
+    while len(ways.taken) < 2:
+        second.join(0.01)
+    ways.wait.set()
+    first.join()
+    second.join()
+    made.forward(batch(7))
+    assert ways.taken == [("wide", 1, 5), ("narrow", 1, 6), ("wide", 1, 7)]
 
 
-def test_the_tokens_of_each_input_are_what_is_decided_on() -> None:
-    asked: list[list[int]] = []
-
-    def parts(tokens) -> int:
-        asked.append(list(tokens))
-        return 0
-
-    made = GraphEngine(MODEL, GRAPH, wide=Ways().wide, narrow=Ways().narrow, threads=2, parts=parts)
-    made.forward(batch(3, 1))
+def test_a_batch_that_fails_is_no_company() -> None:
+    ways = Ways()
+    made = engine(ways)
+    ways.wide = lambda *_: 1 / 0  # type: ignore[method-assign]
+    broken = GraphEngine(MODEL, GRAPH, wide=ways.wide, narrow=ways.narrow, small=lambda *_: True)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            broken.forward(batch(1))
+    for bad in ([Input(ids=np.array([100], np.int32))], [Input(text="x")]):
+        with pytest.raises(BadInput):
+            made.forward(bad)
+    made.forward(batch(2))
     assert made.forward([]).shape == (0, 2)
-    assert asked == [[3, 1]]
-
-
-def test_what_a_part_cannot_read_is_raised() -> None:
-    with pytest.raises(BadInput, match="token ids below 100"):
-        engine(Ways(), 2).forward([*batch(3), Input(ids=np.array([100], np.int32))])
-    with pytest.raises(BadInput, match="not text"):
-        engine(Ways(), 2).forward([*batch(3), Input(text="x")])

@@ -1,0 +1,36 @@
+"""How many hand-outs are at the model, and when the next of them ends."""
+
+from itertools import count
+
+
+class Slots:
+    """As many hand-outs at once as there are slots; each says when it will probably end.
+
+    A CPU has a slot for each thread, a GPU one: `serve.embedding.engines.slots_of`.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._visits = count()
+        self._until: dict[int, float] = {}
+
+    @property
+    def busy(self) -> int:
+        """Hand-outs at the model."""
+        return len(self._until)
+
+    def enter(self, until: float) -> int:
+        """A hand-out begins; what to `leave` with."""
+        visit = next(self._visits)
+        self._until[visit] = until
+        return visit
+
+    def leave(self, visit: int) -> None:
+        """It has ended."""
+        del self._until[visit]
+
+    def busy_s(self, now: float) -> float:
+        """Predicted seconds until a slot is free; 0 while one is."""
+        if len(self._until) < self.number:
+            return 0.0
+        return max(min(self._until.values()) - now, 0.0)

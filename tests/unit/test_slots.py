@@ -1,0 +1,28 @@
+"""How many hand-outs are at the model, and when the next of them ends."""
+
+from serve.flows.slots import Slots
+
+
+def test_a_free_slot_is_no_wait() -> None:
+    slots = Slots(2)
+    assert (slots.busy, slots.busy_s(10.0)) == (0, 0.0)
+    slots.enter(11.0)
+    assert (slots.busy, slots.busy_s(10.0)) == (1, 0.0)
+
+
+def test_all_taken_the_first_to_end_is_waited_for() -> None:
+    slots = Slots(2)
+    late, early = slots.enter(13.0), slots.enter(11.5)
+    assert slots.busy_s(10.0) == 1.5
+    slots.leave(early)
+    assert slots.busy_s(10.0) == 0.0
+    slots.enter(15.0)
+    assert slots.busy_s(10.0) == 3.0
+    slots.leave(late)
+    assert slots.busy == 1
+
+
+def test_one_that_takes_longer_than_predicted_ends_at_any_moment() -> None:
+    slots = Slots(1)
+    slots.enter(9.0)
+    assert slots.busy_s(10.0) == 0.0
