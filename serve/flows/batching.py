@@ -57,7 +57,7 @@ class Batcher:
             {"interactive": admission.interactive_share, "bulk": admission.bulk_share}
         )
         self._parked = Parked()
-        self._slots = Slots(engines.slots)
+        self._slots = Slots(engines.slots, beside_min=batch.tokens_min)
         self._costs = Costs(
             models, item_overhead_tokens=batch.item_overhead_tokens, slots=engines.slots
         )
@@ -262,7 +262,7 @@ class Batcher:
 
     async def _hand_outs(self) -> None:
         while True:
-            slices = self._hand_out()
+            slices = self._hand_out() if self._slots.takes(self._queue.cost) else []
             if slices:
                 await self._serve(slices, full=self._queue.items > 0)
             else:

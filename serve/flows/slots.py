@@ -6,11 +6,14 @@ from itertools import count
 class Slots:
     """As many hand-outs at once as there are slots; each says when it will probably end.
 
-    A CPU has a slot for each thread, a GPU one: `serve.embedding.engines.slots_of`.
+    A CPU has a slot for each thread, a GPU one: `serve.embedding.engines.slots_of`. Beside another
+    hand-out only one of `beside_min` cost begins: a few short texts are better off in a batch
+    with those that come while they wait.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, *, beside_min: float) -> None:
         self.number = number
+        self._beside_min = beside_min
         self._visits = count()
         self._until: dict[int, float] = {}
 
@@ -18,6 +21,10 @@ class Slots:
     def busy(self) -> int:
         """Hand-outs at the model."""
         return len(self._until)
+
+    def takes(self, cost: float) -> bool:
+        """Whether a slot that is free should begin with so much."""
+        return not self._until or cost >= self._beside_min
 
     def enter(self, until: float) -> int:
         """A hand-out begins; what to `leave` with."""

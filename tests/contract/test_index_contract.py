@@ -23,7 +23,7 @@ from serve.index.pgvector import PgIndex
 from serve.index.qdrant import QdrantIndex
 from serve.ports import Index
 from serve.records import CollectionSpec, Condition, Every, Filter, Record, Some, Tombstone
-from tests.contract.pinecone_index import SERVICE_MARKS, local, service
+from tests.contract.pinecone_index import SERVICE, local, service
 
 
 NS = "0" * 31 + "a"
@@ -89,7 +89,7 @@ LOCAL_MODE = pytest.mark.filterwarnings("ignore:.* no effect:UserWarning")
         pytest.param("pgvector", marks=pytest.mark.postgres),
         "pinecone",
         "pinecone-late",
-        pytest.param("pinecone-service", marks=SERVICE_MARKS),
+        *SERVICE,
     ]
 )
 async def index(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Index]:

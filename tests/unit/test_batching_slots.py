@@ -98,3 +98,24 @@ async def test_a_pass_that_never_returns_is_seen_beside_others_that_do(two, cloc
     with pytest.raises(ModelUnavailable, match="more than 5 s"):
         one.batcher.check()
     await one.release()
+
+
+async def test_a_little_waits_for_more_while_another_hand_out_is_at_the_model(two):
+    one = two(tokens_min=20, tokens_max=20, target_ms=20)
+    for first in (1, 2):
+        await one.start(of(first, *range(9)))
+    assert len(one.device.waiting) == 1
+    await one.start(of(3, *range(9)))
+    assert len(one.device.waiting) == 2
+    await one.release()
+    assert [len(batch) for batch in one.spy.batches] == [1, 2]
+
+
+async def test_what_waited_for_more_is_served_when_the_other_hand_out_ends(two):
+    one = two(tokens_min=20, tokens_max=20, target_ms=20)
+    for first in (1, 2):
+        await one.start(of(first, *range(9)))
+    await one.device.step()
+    assert len(one.device.waiting) == 1
+    await one.device.step()
+    assert [task.done() for task in one.tasks] == [True, True]
