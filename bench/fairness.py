@@ -25,6 +25,8 @@ from bench.crowd import ASKED, POLICIES, TIERS, LightWaits, Policy, Pressure, To
 from bench.report import ROOT, arguments, finish, jain, percentile, ratios, spread, table
 from bench.town import Cluster
 from deployments.places import DeployFile
+from serve.config import Precision
+from serve.config.embedding import PRECISIONS
 
 
 PARTS = (0.5, 0.95, 0.99)
@@ -46,6 +48,7 @@ class Plan:
     rounds: int = 2
     target_ms: float = 50
     cpus: float = 1
+    precision: Precision = "auto"
     idle_s: float = 5
     flood_s: float = 30
     pairs: int = 6
@@ -254,7 +257,9 @@ def shown(result: Mapping[str, Any]) -> str:
 
 def measure(plan: Plan) -> dict[str, Any]:
     """Every policy in every round, over one cluster."""
-    with town.running(POLICIES, target_ms=plan.target_ms, cpus=plan.cpus) as (towns, cluster):
+    target_ms, cpus, precision = plan.target_ms, plan.cpus, plan.precision
+    running = town.running(POLICIES, target_ms=target_ms, cpus=cpus, precision=precision)
+    with running as (towns, cluster):
         return asyncio.run(_measure(towns, cluster, plan))
 
 
@@ -282,12 +287,14 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=Plan.pairs, help="more of fair and fifo alone")
     parser.add_argument("--target-ms", type=float, default=Plan.target_ms)
     parser.add_argument("--cpus", type=float, default=Plan.cpus, help="threads of the model")
+    parser.add_argument("--precision", choices=sorted(PRECISIONS["onnx"]), default=Plan.precision)
     options = parser.parse_args(words)
     if options.smoke or options.simulated:
         simulated.run(smoke=options.smoke, rounds=options.rounds, out=options.out)
         return
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    plan = Plan(options.rounds, options.target_ms, options.cpus, pairs=options.pairs)
+    bounds = options.target_ms, options.cpus, options.precision
+    plan = Plan(options.rounds, *bounds, pairs=options.pairs)
     result = measure(plan)
     print(shown(result))
     loads = {

@@ -24,6 +24,7 @@ from bench.crowd import ASKED, TIERS, Town
 from bench.report import ROOT
 from deployments.places import DeployFile, find_cluster
 from serve.admission.keys import new_key
+from serve.config import Precision
 from serve.jobs.owner import StoreOwner
 
 
@@ -61,12 +62,13 @@ class Cluster:
 
 @contextmanager
 def running(
-    policies: Sequence[str], *, target_ms: float, cpus: float
+    policies: Sequence[str], *, target_ms: float, cpus: float, precision: Precision
 ) -> Iterator[tuple[dict[str, Town], Cluster]]:
     """A town for each policy, over one cluster; `cpus` are the threads of each model."""
     with tempfile.TemporaryDirectory(prefix="hr-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        config = _config(folder, policies, {"target_ms": target_ms}, cpus)
+        pool = {"cpus": cpus, "precision": precision, "target_ms": target_ms}
+        config = _config(folder, policies, pool)
         keys = asyncio.run(_keys(folder, config))
         port = servers.free_port()
         program = Path(sys.executable).with_name("headrace")
@@ -85,7 +87,7 @@ def _model(policy: str) -> str:
     return f"minilm-{policy}"
 
 
-def _config(folder: Path, policies: Sequence[str], batch: Mapping[str, float], cpus: float) -> Path:
+def _config(folder: Path, policies: Sequence[str], changed: Mapping[str, Any]) -> Path:
     raw = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
     application = raw["applications"][0]
     application["import_path"] = "bench.cluster:build"
@@ -102,9 +104,11 @@ def _config(folder: Path, policies: Sequence[str], batch: Mapping[str, float], c
             **pool,
             "name": policy,
             "graphs": str(servers.GRAPHS),
-            "models": [{**pool["models"][0], "id": _model(policy)}],
-            "batch": {**pool["batch"], **batch},
-            "cpus": cpus,
+            "models": [
+                {**pool["models"][0], "id": _model(policy), "precision": changed["precision"]}
+            ],
+            "batch": {**pool["batch"], "target_ms": changed["target_ms"]},
+            "cpus": changed["cpus"],
         }
         for policy in policies
     ]
