@@ -135,6 +135,7 @@ class ServeBatch:
         self._budget = pool.batch
         self._executor = ThreadPoolExecutor(1, "model")
         self._pool = Pool(pool, clock=time.monotonic)
+        self._slots = ThreadPoolExecutor(self._pool.slots, "slot")
         await asyncio.get_running_loop().run_in_executor(self._executor, self._pool.load)
         self._counts = Counts(pool.batch.item_overhead_tokens)
 
@@ -164,8 +165,9 @@ class ServeBatch:
             tokens_max=self._budget.tokens_max,
             items_max=self._budget.items_max,
         )
-        for group in groups:
-            rows[group] = engine.forward([inputs[index] for index in group])
+        given = ([inputs[index] for index in group] for group in groups)
+        for group, found in zip(groups, self._slots.map(engine.forward, given), strict=True):
+            rows[group] = found
         self._counts.handout_ms.append((time.monotonic() - began) * 1e3)
         parts: list[Any] = []
         for call in calls:
