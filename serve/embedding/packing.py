@@ -70,24 +70,6 @@ def padded(tokens: Sequence[int]) -> int:
     return max(tokens, default=0) * len(tokens)
 
 
-def shares(tokens: Sequence[int], parts: int) -> list[list[int]]:
-    """Items in so many groups of like length and of about equal tokens, at least `parts` items in all.
-
-    Returns indices, each exactly once, longest first; no group is empty.
-    """
-    order = sorted(range(len(tokens)), key=tokens.__getitem__, reverse=True)
-    total, seen = sum(tokens), 0
-    groups: list[list[int]] = [[]]
-    for position, index in enumerate(order):
-        left, wanted = len(order) - position, parts - len(groups)
-        full = seen * parts >= total * len(groups) and wanted > 0
-        if groups[-1] and (full or left == wanted):
-            groups.append([])
-        groups[-1].append(index)
-        seen += tokens[index]
-    return groups
-
-
 class Room:
     """What a hand-out may still take in: at most a load, and so many items.
 

@@ -1,9 +1,8 @@
 """From waiting calls to vectors: fair queue -> hand-out -> planned batches -> model.
 
 One `Batcher` stands in each embedder replica, in front of the model's slots. A hand-out is formed
-only when a slot is free, so batches grow by themselves under load and nothing lingers when
-there is none. `deployments.embedder` owns its task and asks `check`; `recovery` runs batches,
-`loading` loads models beside them, `refusals` says what is taken in.
+only when a slot is free, so batches grow by themselves under load, and only then. `recovery` runs
+batches, `loading` loads models beside them; `deployments.embedder` owns `run` and asks `check`.
 """
 
 import asyncio
@@ -58,9 +57,8 @@ class Batcher:
         )
         self._parked = Parked()
         self._slots = Slots(engines.slots, beside_min=batch.tokens_min)
-        self._costs = Costs(
-            models, item_overhead_tokens=batch.item_overhead_tokens, slots=engines.slots
-        )
+        overhead = batch.item_overhead_tokens
+        self._costs = Costs(models, item_overhead_tokens=overhead, slots=engines.slots)
         self._wake = asyncio.Event()
         self._calls: set[Pending] = set()
         self.healthy = True
@@ -96,7 +94,7 @@ class Batcher:
                 self._parked,
                 batch=self._batch,
                 costs=self._costs,
-                busy_s=self._slots.busy_s(self._clock()),
+                busy_s=self._busy_s(),
             )
             pending = self._pending(call, own_s)
         except BaseException:
@@ -369,6 +367,9 @@ class Batcher:
 
     # --- what others ask ------------------------------------------------------------------
 
+    def _busy_s(self) -> float:
+        return self._slots.busy_s(self._clock(), self._queue.cost)
+
     @property
     def queued_tokens(self) -> float:
         """Cost that waits, also for a model to be loaded: for autoscaling."""
@@ -384,7 +385,7 @@ class Batcher:
         told = outlook(
             self._queue,
             pace_s=self._costs.rate.seconds(1),
-            busy_s=self._slots.busy_s(self._clock()),
+            busy_s=self._busy_s(),
             places_max=places_max,
             now=self._clock(),
         )

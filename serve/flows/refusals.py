@@ -20,7 +20,7 @@ def admit(
 ) -> float:
     """Seconds of the call's own work, at its tenant's share.
 
-    `busy_s` is how long no slot of the model is free. Raises BadInput (it exceeds a cap by
+    `busy_s` is how long no slot takes what waits. Raises BadInput (it exceeds a cap by
     itself), QuotaExceeded (its tenant's cap), Overloaded (the whole queue's, or its deadline), Internal.
     """
     inputs = len(call.inputs)

@@ -36,8 +36,8 @@ class Slots:
         """It has ended."""
         del self._until[visit]
 
-    def busy_s(self, now: float) -> float:
-        """Predicted seconds until a slot is free; 0 while one is."""
-        if len(self._until) < self.number:
+    def busy_s(self, now: float, cost: float) -> float:
+        """Predicted seconds until a slot takes what waits, of so much cost; 0 where one would now."""
+        if len(self._until) < self.number and self.takes(cost):
             return 0.0
         return max(min(self._until.values()) - now, 0.0)

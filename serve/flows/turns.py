@@ -11,7 +11,7 @@ def outlook(
 ) -> tuple[QueuePlace, ...]:
     """Of the tenants that have most waiting: where they stand, and when it begins and ends.
 
-    `pace_s` is what one unit of cost takes, `busy_s` how long no slot of the model is free.
+    `pace_s` is what one unit of cost takes, `busy_s` how long no slot takes it.
     """
     second = 1 / pace_s
     found = []

@@ -89,7 +89,7 @@ def test_a_model_without_flash_attention_is_loaded_with_its_own(monkeypatch, cap
 
 def test_a_missing_gpu_is_named():
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("this machine has a GPU")
     with pytest.raises(ModelUnavailable, match="torch sees no GPU"):
         SentenceTransformersEngine(MINILM, model_folder(MINILM), device="cuda", threads=1)
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.embedding.packing import PLAN_MAX, Pace, Room, pack, padded, plan, shares
+from serve.embedding.packing import PLAN_MAX, Pace, Room, pack, padded, plan
 
 
 lengths = st.lists(st.integers(0, 600), max_size=80)
@@ -225,16 +225,3 @@ def test_it_stays_usable_after_any_number_of_absurd_batches(seconds):
     assert 1e-3 <= pace.scale <= 1e3
     assert pace.seconds(100) > 0
     assert pace.load_in(0.05) > 0
-
-
-@given(st.integers(1, 8), st.data())
-def test_shares_hold_every_item_once_and_are_about_equal(parts, data):
-    tokens = data.draw(st.lists(st.integers(0, 300), min_size=parts, max_size=64))
-    groups = shares(tokens, parts)
-    assert len(groups) == parts
-    assert all(groups)
-    assert sorted(index for group in groups for index in group) == list(range(len(tokens)))
-    lengths = [tokens[index] for group in groups for index in group]
-    assert lengths == sorted(tokens, reverse=True)
-    fair = sum(tokens) / parts + max(tokens)
-    assert all(sum(tokens[index] for index in group) <= fair for group in groups)

@@ -103,6 +103,13 @@ def test_what_openvino_cannot_load_runs_in_float32_unless_it_must_not(made, capl
         build(precision="bfloat16")
 
 
+def test_what_fails_in_bfloat16_runs_in_float32(made, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(made.ours, "forward", lambda _: 1 / 0, raising=False)
+    assert build() is made.exact
+    assert made.ours.closed
+    assert "bfloat16 fails" in caplog.text
+
+
 def test_a_missing_library_is_named_with_its_extra(made, monkeypatch) -> None:
     monkeypatch.delitem(sys.modules, "serve.embedding.openvino")
     monkeypatch.setitem(sys.modules, "openvino", None)
