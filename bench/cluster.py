@@ -164,6 +164,7 @@ class ServeBatch:
             overhead=profile.pace.overhead,
             tokens_max=self._budget.tokens_max,
             items_max=self._budget.items_max,
+            row_tokens=engine.row_tokens,
         )
         given = ([inputs[index] for index in group] for group in groups)
         for group, found in zip(groups, self._slots.map(engine.forward, given), strict=True):

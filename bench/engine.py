@@ -117,9 +117,9 @@ class Bench:
             for load in self.loads:
                 ways: dict[str, Callable[[], object]] = {ENCODE: _encoding(self._encode, load)}
                 for name, engine in found.items():
-                    planned = load.planned(paces[name], self._batch)
+                    planned = load.planned(paces[name], self._batch, engine.row_tokens)
                     if self._device.ours == f"{name}_planned":
-                        self._waste(load, planned)
+                        self._waste(load, planned, engine.row_tokens)
                     for packing, batches in (("planned", planned), ("arrival", load.arrival())):
                         ways[f"{name}_{packing}"] = _forwarding(engine, load, batches, threads)
                 names = list(ways) if number % 2 == 0 else list(ways)[::-1]
@@ -129,10 +129,10 @@ class Bench:
         for engine in found.values():
             engine.close()
 
-    def _waste(self, load: Load, planned: Sequence[Sequence[int]]) -> None:
+    def _waste(self, load: Load, planned: Sequence[Sequence[int]], row_tokens: int) -> None:
         self.results.waste[load.name] = {
-            "planned": load.waste(planned),
-            "arrival": load.waste(load.arrival()),
+            "planned": load.waste(planned, row_tokens),
+            "arrival": load.waste(load.arrival(), row_tokens),
             ENCODE: load.waste(load.by_length()),
         }
 

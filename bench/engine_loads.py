@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from bench import texts
 from serve import config
-from serve.embedding.packing import Pace, Room, pack, padded, plan
+from serve.embedding.packing import Pace, Room, pack, plan
+from serve.embedding.sharing import padded
 from serve.embedding.tokenizer import Tokenizer
 from serve.records import Input
 
@@ -55,28 +56,34 @@ class Load:
         orders = (sorted(call, key=lambda at: -len(self.texts[at])) for call in self.calls)
         return [list(part) for order in orders for part in _cut(order)]
 
-    def planned(self, pace: Pace, batch: config.Batch) -> list[list[int]]:
+    def planned(self, pace: Pace, batch: config.Batch, row_tokens: int = 0) -> list[list[int]]:
         """Batches as the service makes them: of each hand-out, or of the only call."""
-        hand_outs = self.hand_outs(pace, batch) if len(self.calls) > 1 else self.calls
-        return [one for members in hand_outs for one in self._plan(members, pace, batch)]
+        many = len(self.calls) > 1
+        hand_outs = self.hand_outs(pace, batch, row_tokens) if many else self.calls
+        return [
+            one for members in hand_outs for one in self._plan(members, pace, batch, row_tokens)
+        ]
 
-    def _plan(self, members: Sequence[int], pace: Pace, batch: config.Batch) -> Iterator[list[int]]:
+    def _plan(
+        self, members: Sequence[int], pace: Pace, batch: config.Batch, row_tokens: int
+    ) -> Iterator[list[int]]:
         parts = plan(
             [self.tokens[at] for at in members],
             overhead=pace.overhead,
             tokens_max=batch.tokens_max,
             items_max=batch.items_max,
+            row_tokens=row_tokens,
         )
         return ([members[at] for at in part] for part in parts)
 
-    def hand_outs(self, pace: Pace, batch: config.Batch) -> list[list[int]]:
+    def hand_outs(self, pace: Pace, batch: config.Batch, row_tokens: int = 0) -> list[list[int]]:
         """What the service's queue gives at once while all calls of one tenant wait, in order."""
         found: list[list[int]] = []
         room: Room | None = None
         for part in self._slices(batch):
             tokens = [self.tokens[at] for at in part]
             if room is None or not room.admits(tokens):
-                room = _room(pace, batch)
+                room = _room(pace, batch, row_tokens)
                 room.admits(tokens)
                 found.append([])
             found[-1] += part
@@ -93,18 +100,20 @@ class Load:
             )
         ]
 
-    def waste(self, batches: Sequence[Sequence[int]]) -> float:
+    def waste(self, batches: Sequence[Sequence[int]], row_tokens: int = 0) -> float:
         """The share of what the model reads that is padding."""
-        return 1 - sum(self.tokens) / sum(padded([self.tokens[i] for i in one]) for one in batches)
+        sizes = (padded([self.tokens[at] for at in one], row_tokens) for one in batches)
+        return 1 - sum(self.tokens) / sum(sizes)
 
 
-def _room(pace: Pace, batch: config.Batch) -> Room:
+def _room(pace: Pace, batch: config.Batch, row_tokens: int) -> Room:
     """As `serve.flows.batching` bounds a hand-out."""
     return Room(
         overhead=pace.overhead,
         load_max=max(pace.load_in(batch.target_ms / 1e3), pace.overhead + batch.tokens_min),
         tokens_max=batch.tokens_max,
         items_max=batch.items_max,
+        row_tokens=row_tokens,
     )
 
 

@@ -74,7 +74,7 @@ def on_cpu(model: config.Model, graphs: Path, threads: int) -> Iterator[tuple[st
         one = _in(model, "onnx", precision)
         graph = Graphs(graphs).take(one, threads=threads)
         yield name, OnnxEngine(one, graph, threads=threads)
-    if cpu.has_amx():
+    if cpu.has_bfloat16():
         from serve.embedding.openvino import OpenVinoEngine  # noqa: PLC0415
 
         one = _in(model, "onnx", "bfloat16")

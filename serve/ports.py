@@ -36,6 +36,8 @@ class Engine(Protocol):
 
     accepts: frozenset[InputKind]
     dimensions: int
+    row_tokens: int
+    """How long rows get that short inputs share; 0: each is padded to the longest of its batch."""
 
     def forward(self, batch: Sequence[Input]) -> Vector:
         """Embed a batch: float32, shape (len(batch), dimensions), rows of unit length.

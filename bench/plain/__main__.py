@@ -5,7 +5,8 @@
 What somebody would write who needs vectors over HTTP and nothing else, and what everything that the
 service does on top is judged against: no keys, limits, fairness, deadlines, index or validation
 beyond types. It runs the service's own graph with ONNX Runtime as that comes, and takes its batches
-as the service does: when the model is free, everything that waits, sorted by length.
+as the service does: when the model is free, everything that waits, sorted by length; each padded to
+its longest, as such servers do.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import uvloop
 from deployments.places import DeployFile
 from serve.config import Model, Pool
 from serve.embedding.fake import FakeEngine
-from serve.embedding.graph_engine import IDS, MASK, VECTORS
+from serve.embedding.graph_engine import IDS, MASK, MEMBERS, PLACES, POSITIONS, VECTORS
 from serve.embedding.graphs import Graphs
 from serve.embedding.packing import pack
 from serve.embedding.rows import Rows
@@ -166,8 +167,12 @@ def _graph(model: Model, pool: Pool) -> Forward:
 
     def forward(batch: Sequence[Input]) -> Vector:
         ids, mask = rows.padded(batch)
+        feed = {IDS: ids, MASK: mask}
+        if graph.row_tokens:  # it reads rows that inputs share; here each has its own
+            feed[POSITIONS] = np.broadcast_to(np.arange(ids.shape[1]), ids.shape).copy()
+            feed[MEMBERS], feed[PLACES] = mask - 1, np.arange(ids.size).reshape(ids.shape)
         vectors: Vector
-        [vectors] = session.run([VECTORS], {IDS: ids, MASK: mask})
+        [vectors] = session.run([VECTORS], feed)
         return vectors
 
     return forward

@@ -51,7 +51,7 @@ def slots_of(settings: PoolSettings) -> int:
 def in_bfloat16(model: Model) -> bool:
     """Whether a graph is to run in bfloat16: asked for, or of use here and possible."""
     if model.precision == "auto":
-        return cpu.has_amx() and find_spec("openvino") is not None
+        return cpu.has_bfloat16() and find_spec("openvino") is not None
     return model.precision == BFLOAT16
 
 

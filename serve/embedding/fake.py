@@ -44,6 +44,7 @@ class FakeEngine:
     """
 
     accepts: frozenset[InputKind] = frozenset({"ids"})
+    row_tokens = 0
 
     def __init__(
         self,

@@ -34,7 +34,7 @@ GRAPH, FACTS = "graph.onnx", "facts.json"
 """In a graph's folder, beside the weights that the exporter puts into files of their own."""
 
 PACKAGES = ("torch", "transformers", "sentence-transformers", "onnx", "onnxscript", "onnxruntime")
-SOURCES = ("onnx_export.py", "sentence_transformers.py", "likeness.py")
+SOURCES = ("onnx_export.py", "sentence_transformers.py", "likeness.py", "sharing.py")
 INT8_SOURCES = (*SOURCES, "onnx_quantize.py")
 """What decides what a graph says, beside the model's own files."""
 
@@ -57,6 +57,7 @@ Export = Callable[[Model, Path, int, Path | None], None]
 class Graph:
     """A graph on disk: what its engine must know, and how it came about.
 
+    `row_tokens` is how long rows get that inputs share; 0: each has its own, the graph reads no others.
     `files` are the SHA-256 of its files by name, `cosine_min` is to what it was made of (torch; for int8
     the graph in float32), over the checked inputs. `loss` is what int8 costs, over English texts.
     """
@@ -66,6 +67,7 @@ class Graph:
     vocab_size: int
     pad_id: int
     pad_left: bool
+    row_tokens: int
     cosine_min: float
     made_by: Mapping[str, str]
     loss: Mapping[str, float] = field(default_factory=dict)

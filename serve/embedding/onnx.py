@@ -4,12 +4,10 @@ One short text takes a third of torch's time, and a replica that runs a graph im
 which is 10 s of its start and 400 MB.
 """
 
-import numpy as np
 import onnxruntime
-from numpy.typing import NDArray
 
 from serve.config import Model
-from serve.embedding.graph_engine import IDS, MASK, VECTORS, GraphEngine, Run
+from serve.embedding.graph_engine import VECTORS, Feed, GraphEngine, Run
 from serve.embedding.graphs import Graph
 from serve.errors import ModelUnavailable
 from serve.records import Vector
@@ -45,9 +43,9 @@ def open_run(model: Model, graph: Graph, threads: int) -> Run:
     except Exception as error:  # the C++ library raises nothing narrower
         raise ModelUnavailable(f"Model {model.id}: its graph cannot be loaded: {error}") from error
 
-    def run(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> Vector:
+    def run(feed: Feed) -> Vector:
         vectors: Vector
-        [vectors] = session.run([VECTORS], {IDS: ids, MASK: mask})
+        [vectors] = session.run([VECTORS], feed)
         return vectors
 
     return run

@@ -5,14 +5,12 @@ has no such kernels on x86 (onnxruntime#19937).
 """
 
 import sys
+from functools import partial
 from queue import LifoQueue
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from serve.config import Model
-from serve.embedding.graph_engine import IDS, MASK, VECTORS, GraphEngine
+from serve.embedding.graph_engine import VECTORS, Feed, GraphEngine
 from serve.embedding.graphs import Graph
 from serve.embedding.onnx import open_run
 from serve.errors import ModelUnavailable
@@ -53,45 +51,38 @@ class OpenVinoEngine(GraphEngine):
                 error
             )
 
-        def small(inputs: int, tokens: int) -> bool:
-            return inputs * tokens <= FEW_TOKENS
+        def small(_inputs: int, tokens: int) -> bool:
+            return tokens <= FEW_TOKENS
 
         super().__init__(
             model,
             graph,
             wide=open_run(model, graph, threads),
-            narrow=_Requests(compiled, threads, graph, model.tokens_max).run,
+            narrow=_Requests(compiled, threads).run,
             small=small,
+            rounded=partial(rounded, tokens_max=model.tokens_max),
         )
 
 
 class _Requests:
     """As many requests as threads; each serves one caller at a time."""
 
-    def __init__(
-        self, compiled: openvino.CompiledModel, threads: int, graph: Graph, tokens_max: int
-    ) -> None:
+    def __init__(self, compiled: openvino.CompiledModel, threads: int) -> None:
         self._free: Free = LifoQueue()  # the one whose memory is warm comes first
         for _ in range(threads):
             self._free.put(compiled.create_infer_request())
-        self._pad_left, self._pad_id, self._tokens_max = graph.pad_left, graph.pad_id, tokens_max
 
-    def run(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> Vector:
-        more = rounded(ids.shape[1], self._tokens_max) - ids.shape[1]
-        if more:
-            sides = ((0, 0), (more, 0) if self._pad_left else (0, more))
-            ids = np.pad(ids, sides, constant_values=self._pad_id)
-            mask = np.pad(mask, sides)
+    def run(self, feed: Feed) -> Vector:
         request = self._free.get()
         try:
-            vectors: Vector = request.infer({IDS: ids, MASK: mask}, share_inputs=True)[VECTORS]
+            vectors: Vector = request.infer(feed, share_inputs=True)[VECTORS]
         finally:
             self._free.put(request)
         return vectors
 
 
 def rounded(tokens: int, tokens_max: int) -> int:
-    """The length that inputs of so many tokens are padded to."""
+    """The length that a row of so many tokens is padded to."""
     step = FINE if tokens <= FINE_UP_TO else COARSE
     return min(-(-tokens // step) * step, max(tokens, tokens_max))
 

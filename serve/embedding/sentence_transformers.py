@@ -56,16 +56,52 @@ class Composed(torch.nn.Module):
         return torch.nn.functional.normalize(pooled, dim=1)
 
 
+class InRows(torch.nn.Module):
+    """The same for inputs that share rows, in the arrays of `rows.Shared`; for graphs.
+
+    Tokens see those of their own input, wherever they lie, and know their positions in it. What
+    follows the transformer reads inputs as if they had been padded.
+    """
+
+    def __init__(self, modules: SentenceTransformer, position_first: int) -> None:
+        super().__init__()
+        self._first, self._rest = modules[0], torch.nn.ModuleList(list(modules)[1:])
+        self._position_first = position_first
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        members: torch.Tensor,
+        places: torch.Tensor,
+        attention_mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """Embed a batch: float32 rows of unit length."""
+        seen = members[:, None, :, None] == members[:, None, None, :]
+        features = {
+            "input_ids": input_ids,
+            "position_ids": positions + self._position_first,
+            "attention_mask": seen,
+        }
+        tokens = self._first(features)["token_embeddings"].flatten(0, 1)
+        features = {"token_embeddings": tokens[places], "attention_mask": attention_mask}
+        for module in self._rest:
+            features = module(features)
+        return torch.nn.functional.normalize(features["sentence_embedding"].float(), dim=1)
+
+
 class SentenceTransformersEngine:
     """Implements `ports.Engine`: equals `SentenceTransformer.encode` (cosine > 0.9999 in float32).
 
     Loads from a folder only: no network, no code from the model. `threads` sets torch's CPU
     threads for the whole process. Raises ModelUnavailable when the folder cannot be loaded or the
-    model is not what the settings say. `composed` and `rows` are what it runs, and on what; `flat`
+    model is not what the settings say. `composed` and `rows` are what it runs, and on what, `in_rows`
+    what a graph may be made of; `flat`
     says whether batches go in without padding, which takes a GPU with flash attention.
     """
 
     accepts: frozenset[InputKind] = frozenset({"ids"})
+    row_tokens = 0
 
     def __init__(self, model: Model, folder: Path, *, device: str, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -76,6 +112,7 @@ class SentenceTransformersEngine:
         self._turn = threading.Lock()
         self._device = device
         _check(model, inner)
+        self._modules = inner
         self.composed = Composed(inner).eval()
         tokenizer = inner.tokenizer
         self.rows = Rows(
@@ -94,6 +131,10 @@ class SentenceTransformersEngine:
             return np.zeros((0, self.dimensions), np.float32)
         with self._turn:  # where it stands in for a graph several threads may call
             return self._embed(self._in_one_row(batch) if self.flat else self._padded(batch))
+
+    def in_rows(self) -> InRows:
+        """Its modules for inputs that share rows: whether that gives the same vectors shows a check."""
+        return InRows(self._modules, self._position_first).eval()
 
     def reads_flat(self) -> bool:
         """Whether the model makes the same vectors without padding: nothing else would notice."""
@@ -144,7 +185,7 @@ class SentenceTransformersEngine:
 
     def close(self) -> None:
         """Drop the weights, and give a GPU's memory back to others."""
-        del self.composed
+        del self.composed, self._modules
         if self._device.startswith("cuda"):
             torch.cuda.empty_cache()
 

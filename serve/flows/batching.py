@@ -14,7 +14,7 @@ import numpy as np
 from serve.admission.fairness import FairQueue
 from serve.admission.outlook import tenants_waiting
 from serve.config import Admission, Batch
-from serve.embedding.packing import Room, pack, padded, plan
+from serve.embedding.packing import Room, pack
 from serve.errors import DeadlineExceeded, ModelUnavailable
 from serve.flows.costs import Costs
 from serve.flows.loading import Loads
@@ -306,6 +306,7 @@ class Batcher:
             load_max=max(pace.load_in(batch.target_ms / 1e3), pace.overhead + batch.tokens_min),
             tokens_max=self._runner.budget(model),
             items_max=batch.items_max,
+            row_tokens=self._engines.engine(model).row_tokens,
         )
 
     async def _serve(self, slices: Sequence[Slice], *, full: bool) -> None:
@@ -317,17 +318,11 @@ class Batcher:
         tokens = [tokens_of(member) for member in members]
         model = members[0][0].call.model
         pace, began, repeated = self._costs.paces[model], self._clock(), self.tally.repeated
-        batches = plan(
-            tokens,
-            overhead=pace.overhead,
-            tokens_max=self._runner.budget(model),
-            items_max=self._batch.items_max,
-        )
-        sizes = [padded([tokens[position] for position in batch]) for batch in batches]
-        visit = self._slots.enter(began + sum(pace.seconds(size) for size in sizes))
+        batches = self._runner.plan(model, tokens)
+        visit = self._slots.enter(began + sum(pace.seconds(batch.padded) for batch in batches))
         self._holdings.hold(model)  # callers may leave while their work is at it
         for batch in reversed(batches):
-            await self._run(model, [members[position] for position in batch])
+            await self._run(model, [members[item] for item in batch.items])
         took_s = (self._clock() - began) / self._slots.busy  # others worked meanwhile
         self._slots.leave(visit)
         self._leave(model, used=True)

@@ -7,7 +7,7 @@ fails as well, the model is broken and nobody's input is to blame.
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,8 +17,9 @@ from serve.config import Batch
 from serve.embedding.budget import Budget
 from serve.embedding.guard import checked, out_of_memory
 from serve.embedding.holdings import Holdings
-from serve.embedding.packing import Pace, padded
+from serve.embedding.packing import Pace, plan
 from serve.embedding.profiles import Profile
+from serve.embedding.sharing import padded
 from serve.errors import BadInput, ModelUnavailable, PoisonInput, ServiceError
 from serve.flows.pending import Member, Tally, tokens_of
 from serve.ports import Engine
@@ -63,6 +64,14 @@ class Engines(Protocol):
     def relieve(self) -> None:
         """Give back what an allocator keeps for later, after a batch ran out of memory."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A batch by the numbers of its inputs, and its padded tokens."""
+
+    items: Sequence[int]
+    padded: int
 
 
 @dataclass(slots=True)
@@ -110,6 +119,21 @@ class Runner:
     def budget(self, model: str) -> int:
         """Padded tokens of one of its batches, at most."""
         return self._budget(model).tokens
+
+    def plan(self, model: str, tokens: Sequence[int]) -> list[Planned]:
+        """The batches of a hand-out, longest inputs first."""
+        row_tokens = self._engines.engine(model).row_tokens
+        batches = plan(
+            tokens,
+            overhead=self._paces[model].overhead,
+            tokens_max=self.budget(model),
+            items_max=self._batch.items_max,
+            row_tokens=row_tokens,
+        )
+        return [
+            Planned(batch, padded([tokens[item] for item in batch], row_tokens))
+            for batch in batches
+        ]
 
     def check(self) -> None:
         """Raises ModelUnavailable when a pass is at the model for so long that it never returns."""
@@ -181,12 +205,15 @@ class Runner:
 
     async def _shrink(self, members: list[Member]) -> None:
         """That batch was too large for the device's memory, what its allocator keeps given back."""
-        tokens = padded([tokens_of(member) for member in members])
-        self._budget(members[0][0].call.model).shrink(tokens, self._clock())
+        self._budget(members[0][0].call.model).shrink(self._padded(members), self._clock())
         try:
             await self._on_device(self._engines.relieve)
         except Exception:  # a named rim: the next pass shows whether the model still works
             log.exception("the memory of the device could not be given back")
+
+    def _padded(self, members: list[Member]) -> int:
+        engine = self._engines.engine(members[0][0].call.model)
+        return padded([tokens_of(member) for member in members], engine.row_tokens)
 
     def _budget(self, model: str) -> Budget:
         if model not in self._budgets:
@@ -227,17 +254,17 @@ class Runner:
         """Run the model in its thread. Returns the rows and those that are not usable."""
         model = members[0][0].call.model
         engine = self._engines.engine(model)
-        tokens = [tokens_of(member) for member in members]
+        size = self._padded(members)
         inputs = [pending.call.inputs[index] for pending, index in members]
         began = self._clock()
         vectors, bad = await self._on_device(checked, engine, inputs)
         took_s = self._clock() - began
-        self._paces[model].learn(padded(tokens), took_s)
-        self._budget(model).fits(padded(tokens), began)
+        self._paces[model].learn(size, took_s)
+        self._budget(model).fits(size, began)
         self._tally.batches += 1
         self._tally.inputs += len(members)
-        self._tally.tokens += sum(tokens)
-        self._tally.padded += padded(tokens)
+        self._tally.tokens += sum(map(tokens_of, members))
+        self._tally.padded += size
         self._tally.model_s += took_s
         return vectors, bad
 

@@ -15,6 +15,7 @@ from serve.embedding.fake import FakeEngine
 from serve.embedding.files import model_folder
 from serve.embedding.graphs import Graphs
 from serve.embedding.guard import checked
+from serve.embedding.sharing import ROW_TOKENS
 from serve.embedding.tokenizer import Tokenizer
 from serve.errors import BadInput, ModelUnavailable
 from serve.ports import Engine
@@ -112,6 +113,10 @@ MINILMS = {
     "onnx_bfloat16": _bfloat16,
     "sentence_transformers": _torch,
 }
+
+
+def test_short_inputs_share_rows_of_a_graph() -> None:
+    assert _onnx(MINILM).row_tokens == _onnx(INT8).row_tokens == ROW_TOKENS
 
 
 def test_rows_are_unit_float32_in_one_piece(subject: Subject) -> None:

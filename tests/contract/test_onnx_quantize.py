@@ -44,7 +44,7 @@ def original(tmp_path: Path) -> Graph:
     folder = tmp_path / "float32"
     folder.mkdir()
     (folder / GRAPH).write_bytes(b"nodes")
-    graph = Graph(folder, checksums(folder), 258, 3, True, 0.99999, {"torch": "2"})
+    graph = Graph(folder, checksums(folder), 258, 3, True, 0, 0.99999, {"torch": "2"})
     graph.write()
     return graph
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.embedding.packing import PLAN_MAX, Pace, Room, pack, padded, plan
+from serve.embedding.packing import PLAN_MAX, Pace, Room, pack, plan
+from serve.embedding.sharing import padded
 
 
 lengths = st.lists(st.integers(0, 600), max_size=80)

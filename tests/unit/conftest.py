@@ -71,6 +71,7 @@ class Spy:
     """An engine that notes what it is given; `fault` may raise or change the rows."""
 
     accepts: frozenset[InputKind] = frozenset({"ids"})
+    row_tokens = 0
 
     def __init__(self, model: Model, clock, faults: Faults | None = None) -> None:
         self.dimensions = model.dimensions

@@ -154,6 +154,14 @@ async def test_a_short_text_is_not_padded_to_the_long_ones_it_is_handed_out_with
     assert [sorted(map(len, batch)) for batch in one.spy.batches] == [[1], [10, 12], [195, 200]]
 
 
+async def test_short_texts_are_one_batch_where_the_engine_lets_them_share_rows(rig):
+    one = rig(target_ms=1000)
+    one.spy.row_tokens = 8
+    await one.ask(*(Input(ids=np.arange(1, count + 1, dtype=np.int32)) for count in (4, 1, 3, 2)))
+    assert [sorted(map(len, batch)) for batch in one.spy.batches] == [[1, 2, 3, 4]]
+    assert (one.batcher.tally.tokens, one.batcher.tally.padded) == (10, 10)
+
+
 async def test_a_hand_out_may_always_hold_tokens_min(rig):
     one = rig(target_ms=0.001, tokens_min=40, tokens_max=10_000)
     await one.hold()

@@ -9,7 +9,8 @@ import pytest
 from bench.arithmetic import Shape
 from bench.engine_loads import Load
 from serve.config import Batch
-from serve.embedding.packing import Pace, padded
+from serve.embedding.packing import Pace
+from serve.embedding.sharing import padded
 from serve.records import Input
 
 

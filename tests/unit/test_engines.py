@@ -53,7 +53,7 @@ def made(monkeypatch):
         sys.modules, "serve.embedding.openvino", SimpleNamespace(OpenVinoEngine=openvino)
     )
     monkeypatch.setattr(engines.Graphs, "take", lambda *_, **__: None)
-    monkeypatch.setattr(engines.cpu, "has_amx", lambda: True)
+    monkeypatch.setattr(engines.cpu, "has_bfloat16", lambda: True)
     monkeypatch.setattr(engines, "find_spec", lambda _: True)
     return found
 
@@ -63,7 +63,7 @@ def build(**fields) -> object:
     return BUILDERS["onnx"](model, PoolSettings(models=(model,), cpus=2))
 
 
-def test_a_graph_runs_in_bfloat16_where_the_cpu_has_amx(made) -> None:
+def test_a_graph_runs_in_bfloat16_where_the_cpu_knows_it(made) -> None:
     assert build() is made.ours
     assert made.exact.closed
     assert not made.ours.closed
@@ -79,7 +79,7 @@ def test_nor_by_itself_on_other_cpus_or_without_the_library(made, monkeypatch) -
     monkeypatch.setattr(engines, "find_spec", lambda _: None)
     assert build() is made.exact
     monkeypatch.setattr(engines, "find_spec", lambda _: True)
-    monkeypatch.setattr(engines.cpu, "has_amx", lambda: False)
+    monkeypatch.setattr(engines.cpu, "has_bfloat16", lambda: False)
     assert build() is made.exact
     assert build(precision="bfloat16") is made.ours
 
@@ -157,17 +157,20 @@ def test_graphs_have_a_slot_for_each_thread_and_others_one(words, fields, slots)
     ("flags", "found"),
     [
         ("fpu amx_bf16 avx512_vnni amx_tile", True),
-        ("fpu avx512_bf16 amx_tile", False),
+        ("fpu avx512_bf16 amx_tile", True),
+        ("fpu avx512_vnni amx_tile", False),
         ("fpu xamx_bf16", False),
     ],
 )
-def test_amx_is_read_from_the_processors_flags(tmp_path: Path, monkeypatch, flags, found) -> None:
+def test_bfloat16_is_read_from_the_processors_flags(
+    tmp_path: Path, monkeypatch, flags, found
+) -> None:
     path = tmp_path / "cpuinfo"
     path.write_text(f"processor : 0\nvmx flags\t: amx_bf16\nflags\t\t: {flags}\n")
     monkeypatch.setattr(cpu, "CPUINFO", path)
-    assert cpu.has_amx() is found
+    assert cpu.has_bfloat16() is found
 
 
-def test_no_amx_where_the_system_tells_nothing(tmp_path: Path, monkeypatch) -> None:
+def test_no_bfloat16_where_the_system_tells_nothing(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "none")
-    assert not cpu.has_amx()
+    assert not cpu.has_bfloat16()

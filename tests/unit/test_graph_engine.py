@@ -1,20 +1,23 @@
 """Which way a batch goes through a graph: by all threads, or by the one that calls."""
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from serve.config import Model
-from serve.embedding.graph_engine import GraphEngine
+from serve.embedding.graph_engine import IDS, MASK, MEMBERS, PLACES, POSITIONS, GraphEngine
 from serve.embedding.graphs import Graph
 from serve.errors import BadInput
 from serve.records import Input
 
 
 MODEL = Model(id="m", engine="fake", dimensions=2, tokens_max=64)
-GRAPH = Graph(Path(), {}, vocab_size=100, pad_id=0, pad_left=False, cosine_min=1.0, made_by={})
+GRAPH = Graph(
+    Path(), {}, vocab_size=100, pad_id=0, pad_left=False, row_tokens=0, cosine_min=1.0, made_by={}
+)
 
 
 class Ways:
@@ -26,27 +29,29 @@ class Ways:
         self.wait.set()
         self.entered = threading.Event()
 
-    def wide(self, ids, mask):
-        return self._rows("wide", ids, mask)
+    def wide(self, feed):
+        return self._rows("wide", feed)
 
-    def narrow(self, ids, mask):
-        return self._rows("narrow", ids, mask)
+    def narrow(self, feed):
+        return self._rows("narrow", feed)
 
-    def _rows(self, way, ids, mask):
-        self.taken.append((way, *ids.shape))
+    def _rows(self, way, feed):
+        self.taken.append((way, *feed[IDS].shape))
+        self.feed = feed
         self.entered.set()
         assert self.wait.wait(20)
-        columns = [mask.sum(axis=1), np.full(len(ids), way == "wide")]
+        mask = feed[MASK]
+        columns = [mask.sum(axis=1), np.full(len(mask), way == "wide")]
         return np.stack(columns, axis=1, dtype=np.float32)
 
 
-def engine(ways: Ways) -> GraphEngine:
+def engine(ways: Ways, row_tokens: int = 0) -> GraphEngine:
     return GraphEngine(
         MODEL,
-        GRAPH,
+        replace(GRAPH, row_tokens=row_tokens),
         wide=ways.wide,
         narrow=ways.narrow,
-        small=lambda inputs, tokens: inputs * tokens <= 20,
+        small=lambda _, tokens: tokens <= 20,
     )
 
 
@@ -62,6 +67,15 @@ def test_a_small_batch_that_is_alone_has_all_threads(tokens, way) -> None:
     vectors = engine(ways).forward(batch(*tokens))
     assert vectors[:, 0].tolist() == list(tokens)
     assert ways.taken == [(way, len(tokens), max(tokens))]
+
+
+def test_a_graph_that_can_reads_rows_that_inputs_share() -> None:
+    ways = Ways()
+    assert engine(ways, row_tokens=8).forward(batch(5, 3, 1, 5))[:, 0].tolist() == [5, 3, 1, 5]
+    assert ways.taken == [("wide", 2, 8)]
+    assert ways.feed.keys() == {IDS, MASK, MEMBERS, PLACES, POSITIONS}
+    assert engine(ways).forward(batch(5, 3)).shape == (2, 2)
+    assert ways.feed.keys() == {IDS, MASK}
 
 
 def test_one_in_company_has_its_own_until_it_is_alone_again() -> None:

@@ -50,7 +50,7 @@ class Exporter:
         (folder / f"{GRAPH}.data").write_bytes(b"weights")
         if self.fault is not None:
             raise self.fault
-        Graph(folder, checksums(folder), 100, 0, False, 0.99999, {"torch": "2"}).write()
+        Graph(folder, checksums(folder), 100, 0, False, 0, 0.99999, {"torch": "2"}).write()
 
 
 @pytest.fixture

@@ -403,6 +403,7 @@ def test_int8_is_a_space_of_its_own_and_other_precisions_are_not() -> None:
 
 class Canned:
     accepts = frozenset({"ids"})
+    row_tokens = 0
     dimensions = 2
 
     def __init__(self, rows, dtype=np.float32) -> None:

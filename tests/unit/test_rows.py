@@ -36,6 +36,36 @@ def test_without_padding_every_token_knows_its_input_and_its_place():
     assert kinds == [np.int64, np.int64, np.int32, np.int32]
 
 
+@pytest.mark.parametrize("left", [False, True])
+def test_in_shared_rows_every_token_knows_its_input_and_inputs_know_their_tokens(left):
+    rows = Rows(MODEL, vocab_size=200, pad_id=9, pad_left=left)
+    lines = ([101, 7, 8, 102], [5], [101, 102], [1, 2, 3], [6, 4])
+    batch = [Input(ids=np.array(line, np.int32)) for line in lines]
+    found = rows.shared(batch, 6)
+    assert found.ids.shape == found.positions.shape == found.members.shape == (2, 6)
+    for number, line in enumerate(lines):
+        where = found.members == number
+        assert found.ids[where].tolist() == line
+        assert found.positions[where].tolist() == list(range(len(line)))
+        kept = found.mask[number].astype(bool)
+        assert found.ids.reshape(-1)[found.places[number][kept]].tolist() == line
+        assert kept.tolist() == sorted(kept.tolist(), reverse=not left)
+    assert sum((found.members == number).sum() for number in range(5)) == 12
+    kinds = {part.dtype for part in (found.ids, found.positions, found.members, found.places)}
+    assert kinds | {found.mask.dtype} == {np.dtype(np.int64)}
+
+
+def test_lengths_are_rounded_up_with_padding_that_belongs_to_nobody():
+    rows = Rows(MODEL, vocab_size=200, pad_id=9, pad_left=False)
+    ids, mask = rows.padded(BATCH, lambda tokens: tokens + 2)
+    assert ids.tolist() == [[101, 7, 102, 9, 9], [5, 9, 9, 9, 9]]
+    assert mask.sum(axis=1).tolist() == [3, 1]
+    found = rows.shared(BATCH, 8, lambda tokens: -(-tokens // 5) * 5)
+    assert found.ids.tolist() == [[101, 7, 102, 5, 9]]
+    assert found.members.tolist() == [[0, 0, 0, 1, -1]]
+    assert found.mask.tolist() == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]
+
+
 @pytest.mark.parametrize(
     ("one", "message"),
     [
@@ -48,6 +78,6 @@ def test_without_padding_every_token_knows_its_input_and_its_place():
 )
 def test_what_a_model_cannot_read_is_refused(one, message):
     rows = Rows(MODEL, vocab_size=200, pad_id=0, pad_left=False)
-    for read in (rows.padded, rows.flat):
+    for read in (rows.padded, rows.flat, lambda batch: rows.shared(batch, 8)):
         with pytest.raises(BadInput, match=message):
             read([*BATCH, one])
