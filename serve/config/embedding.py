@@ -40,8 +40,8 @@ class Model(Section):
     precision: Precision = Field(
         "auto",
         description="Numbers that it multiplies. `auto`: on a GPU bfloat16 where the card has it (Ampere on) "
-        "and float16 elsewhere; on a CPU float32, but for `onnx` bfloat16 where the CPU has AMX, OpenVINO is "
-        "installed, and the vectors are the same (cosine 0.9999): a third of the time. `int8`, for `onnx` "
+        "and float16 elsewhere; on a CPU float32, but for `onnx` bfloat16 where the CPU multiplies that, OpenVINO "
+        "is installed, and the vectors are the same (cosine 0.9999): a third to half of the time. `int8`, for `onnx` "
         "only, is quick on any CPU, loses quality and is another vector space with a revision of its own.",
     )
     source: str = Field(
