@@ -110,7 +110,7 @@ def _room(pace: Pace, batch: config.Batch, row_tokens: int) -> Room:
     """As `serve.flows.batching` bounds a hand-out."""
     return Room(
         overhead=pace.overhead,
-        load_max=max(pace.load_in(batch.target_ms / 1e3), pace.overhead + batch.tokens_min),
+        load_aim=max(pace.load_in(batch.target_ms / 1e3), pace.overhead + batch.tokens_min),
         tokens_max=batch.tokens_max,
         items_max=batch.items_max,
         row_tokens=row_tokens,

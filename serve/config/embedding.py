@@ -123,7 +123,7 @@ class Batch(Section):
         50,
         gt=0,
         le=60_000,
-        description="Predicted model time of one hand-out: a newcomer waits for the one in flight.",
+        description="Predicted model time that hand-outs come near to: a newcomer waits for the one in flight.",
     )
     tokens_min: int = Field(
         256, ge=8, le=10**6, description="A hand-out may always hold this many tokens."

@@ -102,25 +102,27 @@ def _plan(
 
 
 class Room:
-    """What a hand-out may still take in: at most a load, and so many items.
+    """What a hand-out may still take in: what brings it nearer to a load, and so many items.
 
-    The first call is always admitted. `load_max` bounds the batches that `plan` will make of it:
-    a guess that is hardly ever too low (each newcomer in a batch of its own, or in the one that pads
-    it least; among those that share rows) is kept up, and replaced by a plan only when it exceeds the
-    bound.
+    The first call is always admitted. `load_aim` is what the batches shall come to that `plan` will make
+    of it: long texts are coarse (one of 200 tokens takes half of 50 ms), and were the aim a bound,
+    hand-outs would come to two thirds of it. So the last one may lead beyond it, by less than half of
+    its own load. A guess that is hardly ever too low (each newcomer in a batch of its own, or in the one
+    that pads it least; among those that share rows) is kept up, and replaced by a plan only when it
+    exceeds the aim.
     """
 
     def __init__(
         self,
         *,
         overhead: float,
-        load_max: float,
+        load_aim: float,
         tokens_max: int,
         items_max: int,
         row_tokens: int = 0,
     ) -> None:
         self._overhead = overhead
-        self._load_max = load_max
+        self._load_aim = load_aim
         self._tokens_max = tokens_max
         self._items_max = items_max
         self._row_tokens = row_tokens
@@ -133,7 +135,7 @@ class Room:
 
         Together they must be within a batch's bounds.
         """
-        first = not self._tokens
+        first, before = not self._tokens, self._load
         self._tokens += tokens
         if 0 < max(tokens) <= self._row_tokens // 2:
             self._load += UNEVEN * sum(tokens) + (0 if self._load else self._overhead)
@@ -143,9 +145,10 @@ class Room:
             return True
         if len(self._tokens) > self._items_max:
             return False
-        if self._load > self._load_max:
+        if self._load > self._load_aim:
             self._plan()
-        return self._load <= self._load_max
+        beyond = self._load - self._load_aim
+        return beyond <= 0 or beyond < self._load_aim - before
 
     def _guess(self, longest: int, count: int) -> None:
         """Put like items into a batch."""

@@ -303,7 +303,7 @@ class Batcher:
         pace, batch = self._costs.paces[model], self._batch
         return Room(
             overhead=pace.overhead,
-            load_max=max(pace.load_in(batch.target_ms / 1e3), pace.overhead + batch.tokens_min),
+            load_aim=max(pace.load_in(batch.target_ms / 1e3), pace.overhead + batch.tokens_min),
             tokens_max=self._runner.budget(model),
             items_max=batch.items_max,
             row_tokens=self._engines.engine(model).row_tokens,

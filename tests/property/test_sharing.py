@@ -65,9 +65,9 @@ def test_short_items_are_one_batch_whatever_their_lengths():
 
 
 @given(SHORT, st.floats(100, 2000))
-def test_a_hand_out_of_shared_rows_keeps_within_its_load(tokens, load_max):
+def test_a_hand_out_of_shared_rows_comes_near_its_load(tokens, load_aim):
     terms = {"overhead": 6.0, "tokens_max": 1024, "items_max": 512, "row_tokens": ROW_TOKENS}
-    room = Room(load_max=load_max, **terms)
+    room = Room(load_aim=load_aim, **terms)
     taken = []
     for count in tokens:
         if not room.admits([count]):
@@ -75,6 +75,6 @@ def test_a_hand_out_of_shared_rows_keeps_within_its_load(tokens, load_max):
         taken.append(count)
     batches = plan(taken, **terms)
     load = sum(6.0 + padded([taken[index] for index in batch], ROW_TOKENS) for batch in batches)
-    assert load <= 1.1 * load_max or len(taken) == 1
+    assert load <= 1.1 * load_aim + ROW_TOKENS / 4
     if len(taken) < len(tokens):
-        assert load + 8 * ROW_TOKENS / 4 >= 0.8 * load_max
+        assert load + 8 * ROW_TOKENS / 4 >= 0.8 * load_aim

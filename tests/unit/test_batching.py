@@ -126,8 +126,18 @@ async def test_a_hand_out_is_bounded_in_predicted_time(rig):
     assert [len(batch) for batch in one.spy.batches] == [1, *[5] * 6]
 
 
+@pytest.mark.parametrize(("size", "items"), [(18, 3), (21, 2), (35, 1), (32, 2)])
+async def test_a_hand_out_comes_as_near_to_it_as_its_inputs_let_it(rig, size, items):
+    one = rig(target_ms=50, tokens_min=8, tokens_max=10_000)
+    await one.hold()
+    for number in range(12):
+        await one.start(of_length(size), tenant=f"t{number}")
+    await one.release()
+    assert {len(batch) for batch in one.spy.batches[1:]} == {items}
+
+
 async def test_padding_and_the_fixed_time_of_batches_count_in_a_hand_out(rig, clock):
-    """On a device with 10 ms a batch: what is handed out at once takes the target at most."""
+    """On a device with 10 ms a batch: what is handed out at once comes near the target."""
     one = rig(target_ms=100, tokens_min=8, tokens_max=10_000, overhead_s=0.01)
     await one.hold()
     sizes = [40, 5, 3, 38, 4, 20] * 8
@@ -140,8 +150,8 @@ async def test_padding_and_the_fixed_time_of_batches_count_in_a_hand_out(rig, cl
             took.append(clock() - began)
             began, handouts = clock(), one.batcher.tally.handouts
     await one.release()
-    assert max(took) <= 0.1 + 1e-9
-    assert sum(took[1:-1]) / len(took[1:-1]) > 0.07  # and it is used
+    assert max(took) <= 0.1 + (0.01 + 0.04) / 2 + 1e-9  # the last input may lead beyond it by half
+    assert 0.09 < sum(took[1:-1]) / len(took[1:-1]) < 0.11
     assert len(one.spy.seen) == 1 + len(sizes)
 
 
