@@ -4,7 +4,7 @@ Its writer knows. Where that is away, whoever brings work goes on and waits ther
 only the workers' claims stop.
 """
 
-from serve.errors import IndexUnavailable, Overloaded
+from serve.errors import IndexUnavailable, Overloaded, ServiceError
 from serve.items import Stage
 from serve.ports import Upserter
 from serve.records import Pressure
@@ -20,7 +20,7 @@ async def away_s(upserter: Upserter) -> float:
     """Seconds for which nothing that lands should be claimed; 0: go on."""
     try:
         return (await upserter.pressure()).wait_s
-    except IndexUnavailable:
+    except ServiceError:
         return AWAY_S
 
 
@@ -40,7 +40,7 @@ async def hold(upserter: Upserter, tenant: str) -> None:
 async def _pressure(upserter: Upserter) -> Pressure:
     try:
         return await upserter.pressure()
-    except IndexUnavailable:
+    except ServiceError:
         return Pressure()
 
 
