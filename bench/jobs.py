@@ -117,7 +117,13 @@ async def working(store: StoreOwner) -> AsyncIterator[Instant]:
     rules = Jobs()
     retries = Retries(rules.retry_s, rules.retry_factor, rules.retry_s_max, random.Random(1))
     runner = Runner(
-        store, handlers, owner=uuid.uuid4().hex, worker=Worker(), rules=rules, retries=retries
+        store,
+        handlers,
+        owner=uuid.uuid4().hex,
+        worker=Worker(),
+        rules=rules,
+        retries=retries,
+        gates={},
     )
     running = asyncio.create_task(runner.run())
     try:

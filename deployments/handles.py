@@ -39,12 +39,17 @@ from serve.records import (
     EmbedCall,
     EmbedReply,
     Outcome,
+    Pressure,
     QueueReport,
+    Sender,
     Write,
 )
 
 
 ADDRESSES_S_MAX = 5.0
+PRESSURE_S_MAX = 2.0
+PRESSURE_KEPT_S = 0.25
+"""Each item of a claim asks: so long an answer counts for all of them."""
 
 
 class UpserterPort(Upserter):
@@ -53,16 +58,35 @@ class UpserterPort(Upserter):
     def __init__(self, settings: Settings) -> None:
         self._named = Named(UPSERTER, settings, IndexUnavailable)
         self._timeout_s = settings.actors.call_timeout_s
+        self._asking = asyncio.Lock()
+        self._asked_until = 0.0
+        self._pressure: Pressure | None = None
 
     async def ready(self, timeout_s: float) -> bool:
         """Whether it takes offers."""
         return cast("bool", await self._named.call("ready", timeout_s=timeout_s))
 
-    async def offer(self, ns: str, writes: Sequence[Write], deadline_s: float) -> Sequence[Outcome]:
+    async def offer(
+        self, sender: Sender, ns: str, writes: Sequence[Write], deadline_s: float
+    ) -> Sequence[Outcome]:
         """See Upserter. A repeat after a kill overwrites itself: record ids are deterministic."""
         timeout_s = deadline_s + self._timeout_s
-        outcomes = await self._named.call("offer", ns, writes, deadline_s, timeout_s=timeout_s)
+        args = (sender, ns, writes, deadline_s)
+        outcomes = await self._named.call("offer", *args, timeout_s=timeout_s)
         return cast("Sequence[Outcome]", outcomes)
+
+    async def pressure(self) -> Pressure:
+        """See Upserter. Asked at most every `PRESSURE_KEPT_S`; an actor that restarts is away at once."""
+        async with self._asking:
+            if time.monotonic() >= self._asked_until:
+                try:
+                    self._pressure = await self._named.ask("pressure", timeout_s=PRESSURE_S_MAX)
+                except IndexUnavailable:
+                    self._pressure = None
+                self._asked_until = time.monotonic() + PRESSURE_KEPT_S
+        if self._pressure is None:
+            raise IndexUnavailable("The upserter is away.", retry_after_s=1)
+        return self._pressure
 
     async def ensure(self, spec: CollectionSpec) -> None:
         """See Upserter. Waits for a restart: 20 s more than a short call."""

@@ -20,6 +20,7 @@ from deployments.stores import close_store, open_store
 from deployments.vaults import open_vault
 from serve.admission.keys import Door
 from serve.api.app import create_app
+from serve.api.health import INDEX
 from serve.api.service import Service
 from serve.config import Settings
 from serve.content.blobs import LocalBlobs
@@ -36,12 +37,13 @@ from serve.flows.ingest import IngestFlow
 from serve.flows.jobs import JobFlow
 from serve.flows.models import Models
 from serve.flows.operators import OperatorFlow
+from serve.flows.room import away_s
 from serve.flows.search import SearchFlow
 from serve.flows.streams import Streams
 from serve.flows.usage import UsageFlow
 from serve.flows.vectors import VectorFlow
 from serve.flows.webhooks import WebhookFlow
-from serve.ports import Index
+from serve.ports import Index, Upserter
 
 
 READY_TIMEOUT_S = 2.0
@@ -163,15 +165,20 @@ class Ingress:
         """Part by part; asked at most once a second, however often the probes come."""
         at, parts = self._ready
         if time.monotonic() - at >= (READY_CACHE_S if all(parts.values()) else READY_CACHE_S / 5):
-            names = ["store", "upserter", *(f"embedder-{name}" for name in self._embedders)]
+            names = ["store", "upserter", INDEX, *(f"embedder-{name}" for name in self._embedders)]
             answers = await asyncio.gather(
                 _usable(self._store.ready(READY_TIMEOUT_S)),
                 _usable(self._upserter.ready(READY_TIMEOUT_S)),
+                _has_room(self._upserter),
                 *(_usable(embedder.ready()) for embedder in self._embedders.values()),
             )
             parts = dict(zip(names, answers, strict=True))
             self._ready = (time.monotonic(), parts)
         return parts
+
+
+async def _has_room(upserter: Upserter) -> bool:
+    return not await away_s(upserter)
 
 
 async def _usable(answer: Awaitable[bool]) -> bool:

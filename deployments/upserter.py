@@ -23,7 +23,7 @@ from serve.config import Settings
 from serve.errors import IndexUnavailable, Overloaded, StoreUnavailable
 from serve.index.writer import Writer
 from serve.ports import Index
-from serve.records import CollectionSpec, Outcome, Write
+from serve.records import CollectionSpec, Outcome, Pressure, Sender, Write
 
 
 AWAY_S = 0.5
@@ -71,10 +71,14 @@ class UpserterActor:
         return not self._running.done() and not self._writer.fenced
 
     async def offer(
-        self, ns: str, writes: Sequence[Write], deadline_s: float
+        self, sender: Sender, ns: str, writes: Sequence[Write], deadline_s: float
     ) -> tuple[Outcome, ...]:
         """See `serve.ports.Upserter`."""
-        return await self._writer.offer(ns, writes, deadline_s)
+        return await self._writer.offer(sender, ns, writes, deadline_s)
+
+    async def pressure(self) -> Pressure:
+        """See `serve.ports.Upserter`."""
+        return await self._writer.pressure()
 
     async def ensure(self, spec: CollectionSpec) -> None:
         """See `serve.ports.Upserter`."""

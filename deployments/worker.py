@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from serve.flows.document_work import DocumentWork
 from serve.flows.embed import EmbedFlow
 from serve.flows.files import Tidy
 from serve.flows.models import Models
+from serve.flows.room import LANDING, away_s
 from serve.flows.webhooks import Sender
 from serve.jobs.faults import Retries
 from serve.jobs.runner import Runner
@@ -75,6 +77,7 @@ class Worker:
             worker=worker,
             rules=rules,
             retries=retries,
+            gates={LANDING: partial(away_s, upserter)},
         )
         self._egress = EgressClient(settings.egress)
         vault = open_vault(settings)

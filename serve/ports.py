@@ -2,6 +2,7 @@
 them; `deployments/handles.py` implements those that stand behind a Ray handle or actor.
 """
 
+import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -19,8 +20,10 @@ from serve.records import (
     InputKind,
     Key,
     Outcome,
+    Pressure,
     QueueReport,
     Record,
+    Sender,
     Tenant,
     Tombstone,
     UsageRow,
@@ -68,8 +71,19 @@ class Embedder(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Rates:
+    """Bulk writes per second, and bytes per second in the buffer's estimate; infinite: no limit."""
+
+    requests_s: float = math.inf
+    bytes_s: float = math.inf
+
+
+@dataclass(frozen=True, slots=True)
 class Capabilities:
-    """Limits of an index backend. Vendors change theirs, so adapters take them from settings."""
+    """Limits of an index backend. Vendors change theirs, so adapters take them from settings.
+
+    `upserts` and `deletes` are what one namespace takes.
+    """
 
     max_items: int
     max_bytes: int
@@ -77,6 +91,8 @@ class Capabilities:
     max_top_k: int
     consistency: Literal["strong", "token", "eventual"]
     single_writer: bool
+    upserts: Rates = Rates()
+    deletes: Rates = Rates()
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,10 +186,19 @@ class Index(VectorIndex, IndexAdmin, Protocol):
 class Upserter(Protocol):
     """The single writer of the index."""
 
-    async def offer(self, ns: str, writes: Sequence[Write], deadline_s: float) -> Sequence[Outcome]:
-        """Land writes in bulk; one outcome per write, in order.
+    async def offer(
+        self, sender: Sender, ns: str, writes: Sequence[Write], deadline_s: float
+    ) -> Sequence[Outcome]:
+        """Land writes in bulk; one outcome per write, in order. A namespace has one tenant.
 
-        Raises Overloaded (buffer full; nothing was taken), IndexUnavailable.
+        Raises Overloaded (a bound is reached; nothing was taken), IndexUnavailable.
+        """
+        ...
+
+    async def pressure(self) -> Pressure:
+        """Whether to bring more, to be asked before work is done on what shall land.
+
+        Raises IndexUnavailable when there is no writer to ask.
         """
         ...
 

@@ -43,6 +43,7 @@ from serve.flows.ingest import IngestFlow
 from serve.flows.jobs import JobFlow
 from serve.flows.models import Models
 from serve.flows.operators import OperatorFlow
+from serve.flows.room import LANDING, away_s
 from serve.flows.search import SearchFlow
 from serve.flows.streams import Streams
 from serve.flows.usage import UsageFlow
@@ -179,7 +180,13 @@ class Ceiling:
         retries = Retries(rules.retry_s, rules.retry_factor, rules.retry_s_max, random.Random())
         work = DocumentWork(self._service.context, self._service.embed, self._writer, retries)
         return Runner(
-            store, work.handlers(), owner="worker", worker=worker, rules=rules, retries=retries
+            store,
+            work.handlers(),
+            owner="worker",
+            worker=worker,
+            rules=rules,
+            retries=retries,
+            gates={LANDING: partial(away_s, self._writer)},
         )
 
     async def _ready(self) -> Mapping[str, bool]:

@@ -9,6 +9,9 @@ from serve.api.wire import reply
 
 router = APIRouter()
 
+INDEX = "index"
+"""The part of readiness without which writes wait, and all else works."""
+
 
 @router.get("/health/live", responses={200: {"model": Health}})
 async def live() -> Response:
@@ -18,8 +21,13 @@ async def live() -> Response:
 
 @router.get("/health/ready", responses={200: {"model": Health}, 503: {"model": Health}})
 async def ready(service: Served) -> Response:
-    """200 when every part works: a forward pass of every model ran, Store and writer answer."""
+    """200 when every part works: a forward pass of every model ran, Store and writer answer.
+
+    `degraded`, 200 too: the index cannot be written, or too much waits for it. Writes wait; the rest works.
+    """
     parts = await service.ready()
-    whole = all(parts.values())
-    body = {"status": "ready" if whole else "not_ready", "parts": dict(parts)}
-    return reply(body, 200 if whole else 503, {} if whole else {"retry-after": "1"})
+    broken = {name for name, usable in parts.items() if not usable}
+    status = "not_ready" if broken - {INDEX} else "degraded" if broken else "ready"
+    works = status != "not_ready"
+    body = {"status": status, "parts": dict(parts)}
+    return reply(body, 200 if works else 503, {} if works else {"retry-after": "1"})

@@ -373,5 +373,5 @@ class AuditList(Shape):
 class Health(Shape):
     """`parts` is there for readiness: name -> usable."""
 
-    status: Literal["alive", "ready", "not_ready"]
+    status: Literal["alive", "ready", "degraded", "not_ready"]
     parts: dict[str, bool] | None = None

@@ -109,7 +109,7 @@ class Pinecone(Section):
         description="Records whose last write the writer remembers, since fetches lag behind.",
     )
     namespaces_tracked_max: int = Field(
-        10_000, ge=1, le=10**6, description="Namespaces whose rates and drops are remembered."
+        10_000, ge=1, le=10**6, description="Namespaces whose drop is remembered."
     )
 
 
@@ -224,8 +224,31 @@ class Buffer(Section):
     bytes_max: int = Field(
         256 * 2**20, ge=2**20, le=2**36, description="Estimated bytes the buffer holds."
     )
+    tenant_writes_max: int = Field(
+        25_000, ge=1, le=10**7, description="Writes of one tenant that it holds."
+    )
+    tenant_bytes_max: int = Field(
+        128 * 2**20, ge=2**20, le=2**36, description="Estimated bytes of them."
+    )
+    soft_fill: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="From this part of these four bounds on, workers take no more work that lands.",
+    )
     lanes_max: int = Field(10_000, ge=1, le=10**6, description="Collections with waiting writes.")
-    flushes_max: int = Field(2, ge=1, le=64, description="Bulk upserts in flight at once.")
+    flushes_max: int = Field(
+        2,
+        ge=1,
+        le=64,
+        description="Bulk upserts in flight at once, at most; halved while the index is too busy.",
+    )
+    flushes_s: float = Field(
+        1000, gt=0, le=10**6, description="Bulk upserts per second, of all collections."
+    )
+    bytes_s: float = Field(
+        10**9, ge=2**17, le=10**12, description="Estimated bytes of them per second."
+    )
     flush_deadline_s: float = Field(30, gt=0, le=600, description="Longest bulk upsert.")
     retry_s_max: float = Field(60, gt=0, le=3600, description="Longest pause before a retry.")
     poison_share_max: float = Field(

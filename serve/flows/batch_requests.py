@@ -28,7 +28,7 @@ from serve.flows.bulk import (
 from serve.flows.context import Context, Timing, new_op
 from serve.flows.embed import Cut, Embedded, EmbedFlow, cut, named, size_of
 from serve.flows.exchange import answer
-from serve.flows.lander import Lander, Landing
+from serve.flows.lander import Lander, Landing, sender_of
 from serve.flows.landing import Prepared, records
 from serve.flows.models import Served
 from serve.flows.sheet import input_blob
@@ -139,12 +139,14 @@ class RequestWork:
 
     async def _charged(self, target: Target, group: Sequence[Line]) -> list[Settlement]:
         """Charge for a group until its answers are kept: what fails by our fault is given back."""
+        if target.collection is not None:
+            await self._lander.hold(sender_of(target.job))
         tokens = sum(line.tokens for line in group)
         charged = self._quotas.admitted(target.caller, target.job.klass, tokens=tokens, requests=0)
         async with charged as permit:
             fates = await self._embedded(target, group)
             if target.collection is not None:
-                fates |= await self._landed(target.collection, group, fates)
+                fates |= await self._landed(target.job, target.collection, group, fates)
             settlements = await self._written(target.job, group, fates)
             self._quotas.settle(permit, tokens=paid(group, fates))
         return settlements
@@ -162,7 +164,11 @@ class RequestWork:
         }
 
     async def _landed(
-        self, collection: Collection, group: Sequence[Line], fates: Mapping[int, Fate]
+        self,
+        job: Job,
+        collection: Collection,
+        group: Sequence[Line],
+        fates: Mapping[int, Fate],
     ) -> dict[int, Fate]:
         """Land the vectors that there are; returns the fates of lines that did not land."""
         landings = []
@@ -171,7 +177,7 @@ class RequestWork:
             if isinstance(done, Embedded) and not line.item.superseded:
                 made = records(collection, _prepared(line), line.item.generation, done.vectors)
                 landings.append(Landing(line.item, made))
-        refused = await tried(lambda: self._lander.land(collection, landings))
+        refused = await tried(lambda: self._lander.land(sender_of(job), collection, landings))
         return {item: error for item, error in refused.items() if error is not None}
 
     async def _written(

@@ -27,7 +27,7 @@ from serve.flows.bulk import (
 )
 from serve.flows.context import Context
 from serve.flows.embed import EmbedFlow
-from serve.flows.lander import Lander, Landing
+from serve.flows.lander import Lander, Landing, sender_of
 from serve.flows.landing import Prepared, prepare, records
 from serve.flows.models import Served
 from serve.items import Claim, Item, Job, Settlement, Task
@@ -161,6 +161,7 @@ class DocumentWork:
 
     async def _charged(self, target: Target, group: Sequence[Cut]) -> list[Settlement]:
         """Charge for a group until it has landed: what fails by our fault is given back."""
+        await self._lander.hold(sender_of(target.job))
         tokens = sum(cut.tokens for cut in group)
         charged = self._quotas.admitted(
             target.caller, target.job.klass, tokens=tokens, requests=0, param="documents"
@@ -184,7 +185,9 @@ class DocumentWork:
             else:
                 made = records(target.collection, cut.one, item.generation, vectors)
                 landings.append(Landing(item, made))
-        return fates | await tried(lambda: self._lander.land(target.collection, landings))
+        return fates | await tried(
+            lambda: self._lander.land(sender_of(target.job), target.collection, landings)
+        )
 
     def _settled(self, cut: Cut, fates: Fates) -> Settlement:
         item, one = cut.item, cut.one
@@ -200,9 +203,11 @@ class DocumentWork:
     # --- delete -------------------------------------------------------------------------------
 
     async def _deleted(self, claim: Claim, items: Sequence[Item]) -> list[Settlement]:
-        collection = claim.collections[claim.jobs[items[0].job].collection]
+        job = claim.jobs[items[0].job]
+        await self._lander.hold(sender_of(job))
+        collection = claim.collections[job.collection]
         landings = [Landing(item, ()) for item in items]
-        await tried(lambda: self._lander.land(collection, landings))
+        await tried(lambda: self._lander.land(sender_of(job), collection, landings))
         return [
             Settlement(
                 item.id,

@@ -7,9 +7,10 @@ from itertools import islice
 from serve.config import Settings
 from serve.errors import BadInput, IndexUnavailable, Internal, ServiceError
 from serve.flows.landing import chunk_id
-from serve.items import Item
+from serve.flows.room import hold
+from serve.items import Item, Job
 from serve.ports import Upserter
-from serve.records import Collection, Outcome, Record, Tombstone, Write
+from serve.records import Collection, Outcome, Record, Sender, Tombstone, Write
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +29,12 @@ class Lander:
         self._items_max = settings.index.max_items
         self._deadline_s = settings.limits.bulk_deadline_s
 
+    async def hold(self, sender: Sender) -> None:
+        """Raises Overloaded while the index should not be brought more of this tenant."""
+        await hold(self._upserter, sender.tenant)
+
     async def land(
-        self, collection: Collection, landings: Sequence[Landing]
+        self, sender: Sender, collection: Collection, landings: Sequence[Landing]
     ) -> dict[int, ServiceError | None]:
         """Land them; returns the items that did not, with why (None: superseded).
 
@@ -39,7 +44,7 @@ class Lander:
         writes = [record for one in landings for record in one.records]
         owners = [one.item.id for one in landings for _ in one.records]
         fates: dict[int, ServiceError | None] = {}
-        outcomes = await self._offer(collection, writes)
+        outcomes = await self._offer(sender, collection, writes)
         for item, outcome in zip(owners, outcomes, strict=True):
             if outcome.word == "superseded":
                 fates.setdefault(item, None)
@@ -53,18 +58,25 @@ class Lander:
             if one.item.id not in fates
             for ordinal in range(len(one.records), one.item.chunks_max)
         )
-        for outcome in await self._offer(collection, stale):
+        for outcome in await self._offer(sender, collection, stale):
             if outcome.word == "rejected":
                 raise Internal(f"The index refused a delete: {outcome.reason}")
         return fates
 
-    async def _offer(self, collection: Collection, writes: Iterable[Write]) -> list[Outcome]:
+    async def _offer(
+        self, sender: Sender, collection: Collection, writes: Iterable[Write]
+    ) -> list[Outcome]:
         """Raises IndexUnavailable when the writer gave some back: it leaves, or ran out of time."""
         outcomes: list[Outcome] = []
         waiting = iter(writes)
         while part := list(islice(waiting, self._items_max)):
-            some = await self._upserter.offer(collection.uuid, part, self._deadline_s)
+            some = await self._upserter.offer(sender, collection.uuid, part, self._deadline_s)
             if any(outcome.word == "released" for outcome in some):
                 raise IndexUnavailable("The index did not take it in time.", retry_after_s=1)
             outcomes += some
         return outcomes
+
+
+def sender_of(job: Job) -> Sender:
+    """Whose writes a job's are."""
+    return Sender(job.tenant, job.weight)

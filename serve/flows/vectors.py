@@ -21,11 +21,12 @@ from serve.flows.context import Context, left, within
 from serve.flows.ingest import MORE, Chosen, IngestFlow, Taken, Terms
 from serve.flows.items import delete_item
 from serve.flows.landing import chunk_id
+from serve.flows.room import check
 from serve.flows.scans import scanned
 from serve.index.checks import vector_problem
 from serve.index.filters import parse
 from serve.ports import Index, Upserter, Vectors
-from serve.records import Caller, Collection, Filter, Outcome, Record
+from serve.records import Caller, Collection, Filter, Outcome, Record, Sender
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +107,12 @@ class VectorFlow:
                 at: _failed(one) for at, one in found.items() if isinstance(one, ServiceError)
             }
             good = {at: one for at, one in found.items() if isinstance(one, RawVector)}
+            if good:
+                await check(self._upserter, caller.tenant)
             writes = await self._granted(collection, good)
             results |= {at: _failed(_taken(at)) for at in good.keys() - writes.keys()}
-            results |= await self._landed(collection, writes, until)
+            sender = Sender(caller.tenant, caller.weight)
+            results |= await self._landed(sender, collection, writes, until)
         return [results[at] for at in range(len(sent))]
 
     async def fetch(
@@ -179,7 +183,11 @@ class VectorFlow:
         }
 
     async def _landed(
-        self, collection: Collection, writes: Mapping[int, Record], until: float | None
+        self,
+        sender: Sender,
+        collection: Collection,
+        writes: Mapping[int, Record],
+        until: float | None,
     ) -> dict[int, VectorResult]:
         """Offer them, a bulk upsert's worth at a time.
 
@@ -190,7 +198,8 @@ class VectorFlow:
         for start in range(0, len(waiting), self._items_max):
             part = waiting[start : start + self._items_max]
             try:
-                outcomes = await self._offer(collection, [record for _, record in part], until)
+                some = [record for _, record in part]
+                outcomes = await self._offer(sender, collection, some, until)
             except ServiceError as error:
                 if not any(one.status == "indexed" for one in results.values()):
                     raise
@@ -200,13 +209,17 @@ class VectorFlow:
         return results
 
     async def _offer(
-        self, collection: Collection, records: Sequence[Record], until: float | None
+        self,
+        sender: Sender,
+        collection: Collection,
+        records: Sequence[Record],
+        until: float | None,
     ) -> Sequence[Outcome]:
         """Raises IndexUnavailable where the writer has given all of it back."""
         waits_s = self._limits.bulk_deadline_s
         if until is not None:
             waits_s = min(waits_s, left(until, self._clock))
-        outcomes = await self._upserter.offer(collection.uuid, records, waits_s)
+        outcomes = await self._upserter.offer(sender, collection.uuid, records, waits_s)
         if all(outcome.word == "released" for outcome in outcomes):
             raise _released()
         return outcomes

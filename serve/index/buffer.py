@@ -1,6 +1,8 @@
 """Collects writes and says when which of them go out as one bulk upsert. Sans I/O: no clock, no
 sockets, no callbacks. `serve.index.writer` drives it: `offer`, `due`, `ack` or `nack`, `finished`.
 
+`schedule` decides which lane goes when, `stock` what there is room for.
+
 Its memory is a cache: whoever offered a write owns it until the outcome is there. Each write gets
 a ticket, and each ticket exactly one outcome:
 
@@ -12,11 +14,12 @@ a ticket, and each ticket exactly one outcome:
 
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from heapq import heapify, heappop, heappush
 from typing import Any
 
 from serve.config import Buffer as BufferSettings
-from serve.errors import Overloaded, TooLarge
+from serve.errors import Overloaded
 from serve.index.errors import (
     BatchTooLarge,
     IndexFault,
@@ -25,8 +28,10 @@ from serve.index.errors import (
     RecordsRejected,
 )
 from serve.index.lanes import Batch, Entry, Lane, Part, size_bytes
+from serve.index.schedule import Schedule
+from serve.index.stock import RETRY_AFTER_S_MIN, RETRY_AFTER_S_UNKNOWN, Stock
 from serve.ports import Capabilities, Landed
-from serve.records import Outcome, Write
+from serve.records import Outcome, Pressure, Sender, Write
 
 
 AGE_FACTOR = 1.5
@@ -34,9 +39,8 @@ FILL_HIGH = 0.5
 FILL_LOW = 0.1
 BACKOFF_S = 0.2
 TRIES_COUNTED = 16
-RATE_WEIGHT = 0.2
-RETRY_AFTER_S_MIN = 0.1
-RETRY_AFTER_S_UNKNOWN = 1.0
+PROBE_S = 0.5
+"""How long whoever asks should stay away while it shows whether the index is back."""
 
 LANDED = Outcome("landed")
 SUPERSEDED = Outcome("superseded")
@@ -44,24 +48,22 @@ RELEASED = Outcome("released")
 
 
 class Buffer:
-    """Lanes of writes, one lane per namespace. Bounds: writes, bytes, lanes (settings)."""
+    """Lanes of writes, one lane per namespace. Bounds: writes and bytes, in all and of each tenant,
+    lanes, flights (settings).
+    """
 
     def __init__(self, settings: BufferSettings, caps: Capabilities, rng: random.Random) -> None:
         self._settings = settings
         self._caps = caps
         self._rng = rng
+        self._stock = Stock(settings)
+        self._schedule = Schedule(settings, caps)
         self._lanes: dict[str, Lane] = {}
         self._open: dict[int, tuple[Lane, Entry]] = {}
         self._finished: list[tuple[int, Outcome]] = []
-        self._due: list[tuple[float, int, str]] = []
         self._deadlines: list[tuple[float, int, int]] = []
-        self._bytes = 0
-        self._flights = 0
         self._next_ticket = 0
-        self._next_number = 0
-        self._paused_until = 0.0
-        self._hurry = False
-        self._writes_s = 0.0
+        self._offline = False
         self._counts = dict.fromkeys(
             ("flushes", "retried", "landed", "rejected", "superseded", "released"), 0
         )
@@ -71,13 +73,15 @@ class Buffer:
         """Tickets without an outcome."""
         return len(self._open)
 
-    def offer(self, ns: str, writes: Sequence[Write], now: float, deadline: float) -> range:
+    def offer(
+        self, sender: Sender, ns: str, writes: Sequence[Write], now: float, deadline: float
+    ) -> range:
         """Take writes in; their tickets, in order.
 
         Raises Overloaded (nothing was taken) past a bound, TooLarge when they could never fit.
         """
         sizes = [size_bytes(write) for write in writes]
-        self._check_room(ns, len(sizes), sum(sizes), now)
+        self._check_room(sender, ns, sizes, now)
         first = self._next_ticket
         self._next_ticket += len(sizes)
         tickets = range(first, self._next_ticket)
@@ -85,13 +89,15 @@ class Buffer:
             return tickets
         lane = self._lanes.get(ns)
         if lane is None:
-            lane = self._lanes[ns] = Lane(ns, self._settings.age_s_start)
+            lane = self._lanes[ns] = Lane(ns, sender, self._settings.age_s_start)
+        lane.weight = sender.weight
         for ticket, write, size in zip(tickets, writes, sizes, strict=True):
             if lane.closing:
                 self._finish(ticket, RELEASED)
             else:
                 self._put(lane, Entry(write, size, now, ticket, {ticket: deadline}), ticket)
         heappush(self._deadlines, (deadline, first, self._next_ticket))
+        self._stock.weigh(sender)
         self._touch(lane)
         return tickets
 
@@ -99,25 +105,16 @@ class Buffer:
         """Batches to flush now; each is in flight until `ack` or `nack`."""
         self._expire(now)
         batches: list[Batch] = []
-        while now >= self._paused_until and self._flights < self._settings.flushes_max:
-            if not self._due or self._due[0][0] > now:
-                break
-            due, _, ns = heappop(self._due)
-            lane = self._lanes.get(ns)
-            if lane is None or lane.scheduled != due:
-                continue  # the lane was scheduled anew since
-            lane.scheduled = None
-            ready_at = self._due_at(lane)
-            if ready_at is not None and ready_at <= now:
-                batches.append(self._take(lane, now))
-            self._touch(lane)
+        while (batch := self._schedule.take(now)) is not None:
+            batches.append(batch)
         return batches
 
     def next_due(self, now: float) -> float | None:
         """When to call `due` again at the latest; None: not before the next offer, ack or nack."""
         times = [self._deadlines[0][0]] if self._deadlines else []
-        if self._due and self._flights < self._settings.flushes_max:
-            times.append(max(self._due[0][0], self._paused_until))
+        due = self._schedule.next_due(now)
+        if due is not None:
+            times.append(due)
         return max(min(times), now) if times else None
 
     def supersede(self, batch: Batch, ids: Iterable[str]) -> Batch:
@@ -131,15 +128,16 @@ class Buffer:
                     self._answer(lane, entry, SUPERSEDED)
             part.entries = [entry for entry in part.entries if entry.tickets]
         left = tuple(write for write in batch.writes if write.id not in gone)
-        return Batch(batch.number, batch.ns, left)
+        return replace(batch, writes=left)
 
     def ack(self, batch: Batch, landed: Landed, now: float) -> None:
         """The index returned: all of the batch landed but what it rejected."""
-        lane, part = self._land(batch)
+        lane, part = self._land(batch, well=True)
         if lane is None or part is None:
             return
         self._counts["flushes"] += 1
         if part.entries:
+            self._offline = False
             self._learn(lane, part, now)
         reasons = dict(landed.rejected)
         for entry in part.entries:
@@ -153,16 +151,19 @@ class Buffer:
         if isinstance(error, RecordsRejected) and error.pairs is not None:
             self.ack(batch, Landed(rejected=error.pairs), now)
             return
-        lane, part = self._land(batch)
+        lane, part = self._land(batch, well=False)
         if lane is None or part is None:
             return
+        self._heed(batch, error, now)
         for entry in part.entries:
             self._release_late(lane, entry, now)
         part.entries = [entry for entry in part.entries if entry.tickets]
         if lane.closing:
             self._release(lane)
         elif isinstance(error, RecordsRejected | BatchTooLarge):
-            self._bisect(lane, part, str(error) or type(error).__name__, now)
+            reason = str(error) or type(error).__name__
+            share, pause_s = self._settings.poison_share_max, self._settings.pause_s
+            lane.bisect(part, reason, now, share_max=share, pause_s=pause_s)
         else:
             self._retry(lane, part, error, now)
         self._touch(lane)
@@ -187,7 +188,7 @@ class Buffer:
 
     def hurry(self) -> None:
         """From now on every lane is due at once: shutdown."""
-        self._hurry = True
+        self._schedule.hurry()
         for lane in list(self._lanes.values()):
             self._touch(lane)
 
@@ -197,49 +198,49 @@ class Buffer:
             for entry in lane.entries():
                 self._answer(lane, entry, RELEASED)
         self._lanes.clear()
-        self._due.clear()
+        self._schedule.clear()
         self._deadlines.clear()
-        self._flights = 0
+
+    def pressure(self, now: float) -> Pressure:
+        """Whether to bring more: not while the index is paused or has not shown since that it is
+        back, nor past a soft bound.
+        """
+        paused_s = self._schedule.paused_s(now)
+        if self._offline and self.depth:
+            paused_s = max(paused_s, PROBE_S)
+        crowded_s = self._stock.crowded_s()
+        return Pressure(max(paused_s, crowded_s), paused_s > 0, self._stock.crowded())
 
     def stats(self, now: float) -> dict[str, Any]:
-        """Gauges (depth, bytes, oldest_age_s, lanes, in_flight, paused) and counters."""
+        """Gauges (depth, bytes, oldest_age_s, lanes, tenants, in_flight, window, paused) and counters."""
         oldest = [since for lane in self._lanes.values() if (since := lane.oldest()) is not None]
         return {
             "depth": self.depth,
-            "bytes": self._bytes,
+            "bytes": self._stock.bytes,
             "oldest_age_s": max(0.0, now - min(oldest)) if oldest else 0.0,
             "lanes": len(self._lanes),
-            "in_flight": self._flights,
-            "paused": now < self._paused_until,
+            "tenants": self._stock.tenants,
+            "in_flight": self._schedule.flights,
+            "window": self._schedule.window,
+            "paused": self._schedule.paused_s(now) > 0,
             **self._counts,
         }
 
     # Taking in
 
-    def _check_room(self, ns: str, count: int, size: int, now: float) -> None:
-        settings = self._settings
-        if count > settings.writes_max or size > settings.bytes_max:
-            raise TooLarge("These writes exceed the whole write buffer; offer them in parts.")
-        new_lane = ns not in self._lanes
-        if (
-            self.depth + count > settings.writes_max
-            or self._bytes + size > settings.bytes_max
-            or (new_lane and len(self._lanes) >= settings.lanes_max)
-        ):
-            wait_s = self._wait_s(count, now)
-            raise Overloaded("The write buffer is full.", retry_after_s=wait_s)
-
-    def _wait_s(self, count: int, now: float) -> float:
-        """How long it takes to land what stands in the way, at the rate seen lately."""
-        excess = max(count, self.depth + count - self._settings.writes_max)
-        known = self._writes_s > 0
-        wait_s = excess / self._writes_s if known else RETRY_AFTER_S_UNKNOWN
-        return max(wait_s, self._paused_until - now, RETRY_AFTER_S_MIN)
+    def _check_room(self, sender: Sender, ns: str, sizes: Sequence[int], now: float) -> None:
+        paused_s = self._schedule.paused_s(now)
+        self._stock.check(sender, len(sizes), sum(sizes), max(paused_s, RETRY_AFTER_S_MIN))
+        if ns not in self._lanes and len(self._lanes) >= self._settings.lanes_max:
+            wait_s = max(paused_s, RETRY_AFTER_S_UNKNOWN)
+            message = "The write buffer is full: buffer.lanes_max."
+            raise Overloaded(message, retry_after_s=wait_s)
 
     def _put(self, lane: Lane, entry: Entry, ticket: int) -> None:
         before = lane.bytes_held
         home, losers = lane.put(entry)
-        self._bytes += lane.bytes_held - before
+        writes = (home is not None) - len(losers)
+        self._stock.add(lane.tenant, writes, lane.bytes_held - before)
         for loser in losers:
             del self._open[loser]
             self._finish(loser, SUPERSEDED)
@@ -248,45 +249,23 @@ class Buffer:
         else:
             self._open[ticket] = (lane, home)
 
-    # Sending
-
-    def _due_at(self, lane: Lane) -> float | None:
-        return lane.due_at(
-            count=max(1, int(self._settings.count_fill * self._caps.max_items)),
-            size_bytes=self._bytes_full,
-            hurry=self._hurry,
-        )
-
-    @property
-    def _bytes_full(self) -> int:
-        return int(self._settings.bytes_fill * self._caps.max_bytes)
-
-    def _take(self, lane: Lane, now: float) -> Batch:
-        self._next_number += 1
-        self._flights += 1
-        items_max, bytes_max = self._caps.max_items, self._bytes_full
-        return lane.take(now, self._next_number, items_max=items_max, bytes_max=bytes_max)
-
     def _touch(self, lane: Lane) -> None:
         """After any change of a lane: give the verdicts it withheld, schedule or forget it."""
         for entry, reason in lane.verdicts():
             self._answer(lane, entry, Outcome("rejected", reason))
         if lane.empty and lane.flying is None:
             self._lanes.pop(lane.ns, None)
-            return
-        due = self._due_at(lane)
-        if due is not None and (lane.scheduled is None or due < lane.scheduled):
-            lane.scheduled = due
-            self._next_number += 1
-            heappush(self._due, (due, self._next_number, lane.ns))
+            self._schedule.forget(lane)
+        else:
+            self._schedule.plan(lane)
 
     # Coming back
 
-    def _land(self, batch: Batch) -> tuple[Lane | None, Part | None]:
+    def _land(self, batch: Batch, *, well: bool) -> tuple[Lane | None, Part | None]:
         lane = self._lanes.get(batch.ns)
         part = lane.land(batch.number) if lane is not None else None
         if part is not None:
-            self._flights -= 1
+            self._schedule.land(well=well and bool(part.entries))
         return lane, part
 
     def _learn(self, lane: Lane, part: Part, now: float) -> None:
@@ -297,8 +276,17 @@ class Buffer:
         elif fill < FILL_LOW:
             self._age(lane, 1 / AGE_FACTOR)
         took_s = max(now - lane.sent_at, 0.001)
-        rate = len(part.entries) / took_s * self._settings.flushes_max
-        self._writes_s += RATE_WEIGHT * (rate - self._writes_s) if self._writes_s else rate
+        self._stock.learn(len(part.entries), size, took_s / self._schedule.window)
+
+    def _heed(self, batch: Batch, error: IndexFault, now: float) -> None:
+        """What an error says of the index as a whole."""
+        if isinstance(error, IndexOffline):
+            self._offline = True
+            self._schedule.pause(now)
+        elif not isinstance(error, IndexRetryable):
+            self._offline = False
+        elif error.busy:
+            self._schedule.slow_down(batch)
 
     def _age(self, lane: Lane, factor: float) -> None:
         settings = self._settings
@@ -311,7 +299,6 @@ class Buffer:
         settings = self._settings
         self._counts["retried"] += 1
         if isinstance(error, IndexOffline):
-            self._paused_until = max(self._paused_until, now + settings.pause_s)
             part.due = now
         else:
             part.tries = min(part.tries + 1, TRIES_COUNTED)
@@ -319,28 +306,6 @@ class Buffer:
             part.due = now + max(error.retry_after_s, self._rng.uniform(0, wait_s_max))
             self._age(lane, AGE_FACTOR)
         lane.parts.appendleft(part)
-
-    def _bisect(self, lane: Lane, part: Part, reason: str, now: float) -> None:
-        """About 2·log2(n) requests find one poison record in n. Verdicts are withheld until the
-        batch is through: when more than the cap is refused it was no poison but a mistake (schema,
-        dimension). Then all of it is kept, the lane pauses, and two halves are tried on their own,
-        so that a small batch with two poisons gets through in the end.
-        """
-        origin, entries = part.origin, part.entries
-        if len(entries) > 1:
-            half = len(entries) // 2
-            lane.again(entries[half:], now, origin)
-            lane.again(entries[:half], now, origin)
-            return
-        origin.refused += [(entry, reason) for entry in entries]
-        lane.suspect = origin
-        if len(origin.refused) > max(1, int(self._settings.poison_share_max * origin.size)):
-            lane.suspect = None
-            left = lane.unite(origin)
-            half = max(1, len(left) // 2)
-            lane.again(left[half:], now)
-            lane.again(left[:half], now)
-            lane.paused_until = now + self._settings.pause_s
 
     # Outcomes
 
@@ -353,10 +318,11 @@ class Buffer:
         for ticket in entry.tickets:
             del self._open[ticket]
             self._finish(ticket, outcome)
+        writes = len(entry.tickets)
         entry.tickets = {}
         before = lane.bytes_held
         lane.discard(entry)
-        self._bytes += lane.bytes_held - before
+        self._stock.add(lane.tenant, -writes, lane.bytes_held - before)
 
     def _release(self, lane: Lane) -> None:
         for entry in lane.entries():
@@ -372,6 +338,7 @@ class Buffer:
             self._answer(lane, entry, RELEASED)
             return
         del entry.tickets[ticket], self._open[ticket]
+        self._stock.add(lane.tenant, -1, 0)
         self._finish(ticket, RELEASED)
 
     def _expire(self, now: float) -> None:

@@ -8,11 +8,13 @@ class IndexRetryable(Exception):
 
     Attributes:
         retry_after_s: least wait that the backend asked for.
+        busy: whether fewer flushes at once may help. False: it was not the index.
     """
 
-    def __init__(self, message: str = "", *, retry_after_s: float = 0.0) -> None:
+    def __init__(self, message: str = "", *, retry_after_s: float = 0.0, busy: bool = True) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.busy = busy
 
 
 class RecordsRejected(Exception):

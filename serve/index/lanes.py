@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 
-from serve.records import Record, Tombstone, Write
+from serve.records import Record, Sender, Tombstone, Write
 
 
 WRITE_BYTES = 128
@@ -63,12 +63,13 @@ class Part:
 class Batch:
     """What one flush carries: only records, or only tombstones; every id once.
 
-    `number` names it to `ack` and `nack`.
+    `number` names it to `ack` and `nack`. `bytes` is the estimate it was charged at.
     """
 
     number: int
     ns: str
     writes: tuple[Write, ...]
+    bytes: int
 
     @property
     def records(self) -> tuple[Record, ...]:
@@ -82,10 +83,12 @@ class Batch:
 
 
 class Lane:
-    """Writes of one namespace."""
+    """Writes of one namespace, all of one tenant."""
 
-    def __init__(self, ns: str, age_s: float) -> None:
+    def __init__(self, ns: str, sender: Sender, age_s: float) -> None:
         self.ns = ns
+        self.tenant = sender.tenant
+        self.weight = sender.weight
         self.age_s = age_s
         self.records: dict[str, Entry] = {}
         self.tombstones: dict[str, Entry] = {}
@@ -181,8 +184,8 @@ class Lane:
     def due_at(self, *, count: int, size_bytes: int, hurry: bool) -> float | None:
         """When its next batch may go out; None while one is in flight or nothing waits.
 
-        `count` and `size_bytes` are what makes it full. Between lanes, `served_at` makes this
-        round robin: a lane with a backlog queues again behind those that were due since.
+        `count` and `size_bytes` are what makes it full. Between lanes of one tenant, `served_at` makes
+        this round robin: a lane with a backlog queues again behind those that were due since.
         """
         if self.flying is not None or self.empty:
             return None
@@ -197,6 +200,14 @@ class Lane:
         due = first if full or idle or hurry else first + self.age_s
         return max(due, self.paused_until, self.served_at or due)
 
+    def ahead(self, bytes_max: int) -> tuple[type[Write], int]:
+        """Whether its next batch holds records or tombstones, and of about how many bytes at most."""
+        if self.parts:
+            entries = self.parts[0].entries
+            return type(entries[0].write), sum(entry.bytes for entry in entries)
+        kind: type[Write] = Record if self._records_are_next() else Tombstone
+        return kind, min(self.bytes_waiting, bytes_max)
+
     def take(self, now: float, number: int, *, items_max: int, bytes_max: int) -> Batch:
         """The next batch, now in flight. Call it only when the lane is due."""
         self._prune()
@@ -209,7 +220,8 @@ class Lane:
             entry.flying = True
         self.flying, self.number = part, number
         self.sent_at = self.served_at = now
-        return Batch(number, self.ns, tuple(entry.write for entry in part.entries))
+        size = sum(entry.bytes for entry in part.entries)
+        return Batch(number, self.ns, tuple(entry.write for entry in part.entries), size)
 
     def land(self, number: int) -> Part | None:
         """Take the batch in flight back, whatever became of it; None when it is not this one."""
@@ -228,7 +240,32 @@ class Lane:
         if entries:
             self.parts.appendleft(Part(entries, origin or Origin(len(entries)), due))
 
-    def unite(self, origin: Origin) -> list[Entry]:
+    def bisect(
+        self, part: Part, reason: str, now: float, *, share_max: float, pause_s: float
+    ) -> None:
+        """Send a refused part again in halves: about 2·log2(n) requests find one poison record in n.
+
+        Verdicts are withheld until the batch is through: when more than `share_max` of it is refused it
+        was no poison but a mistake (schema, dimension). Then all of it is kept, the lane pauses, and two
+        halves are tried on their own, so that a small batch with two poisons gets through in the end.
+        """
+        origin, entries = part.origin, part.entries
+        if len(entries) > 1:
+            half = len(entries) // 2
+            self.again(entries[half:], now, origin)
+            self.again(entries[:half], now, origin)
+            return
+        origin.refused += [(entry, reason) for entry in entries]
+        self.suspect = origin
+        if len(origin.refused) > max(1, int(share_max * origin.size)):
+            self.suspect = None
+            left = self._unite(origin)
+            half = max(1, len(left) // 2)
+            self.again(left[half:], now)
+            self.again(left[:half], now)
+            self.paused_until = now + pause_s
+
+    def _unite(self, origin: Origin) -> list[Entry]:
         """Take back what is left of a batch, refused entries included, in the order offered."""
         entries = [entry for entry, _ in origin.refused]
         entries += [e for part in self.parts if part.origin is origin for e in part.entries]
@@ -262,14 +299,16 @@ class Lane:
         heads = (next(iter(queue.values()), None) for queue in (self.tombstones, self.records))
         return min((head for head in heads if head is not None), key=lambda head: head.seq)
 
-    def _cut(self, items_max: int, bytes_max: int) -> list[Entry]:
+    def _records_are_next(self) -> bool:
         # A record behind a tombstone of its id waits for it; if all do, the tombstones go first.
-        free = (entry for key, entry in self.records.items() if key not in self.tombstones)
-        entries: list[Entry] = []
-        if isinstance(self._head().write, Record):
-            entries = _fill(free, items_max, bytes_max)
-        if not entries:
-            entries = _fill(self.tombstones.values(), items_max, bytes_max)
+        return isinstance(self._head().write, Record) and any(self._free())
+
+    def _free(self) -> Iterator[Entry]:
+        return (entry for key, entry in self.records.items() if key not in self.tombstones)
+
+    def _cut(self, items_max: int, bytes_max: int) -> list[Entry]:
+        source = self._free() if self._records_are_next() else self.tombstones.values()
+        entries = _fill(source, items_max, bytes_max)
         for entry in entries:
             self._queue(entry.write).pop(entry.write.id)
             self.busy[entry.write.id] = entry

@@ -8,6 +8,7 @@ Traps this file steps around (SDK 10.2):
 - NaN would go out as null, and an empty id unseen: `checks.refuse` sees both before.
 - Bytes decide, not records: of 1,000 vectors of 384 only 418 fit into 2 MB. A flush that does not fit
   goes out as several requests; a repeat of all of them is harmless.
+- Rates of writes are in `caps`, for the buffer: a flush that waited for them here would hold its place.
 - Reads lag behind writes, for `fetch` and `query` by different times. A write returns its place in
   the log (LSN), a query the place that it has seen: `reached` compares them. The SDK gives none for
   a delete.
@@ -22,6 +23,7 @@ appears with the first upsert. Only what this process dropped makes an upsert re
 
 import asyncio
 import importlib
+import math
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -35,12 +37,13 @@ from serve.errors import BadInput, IndexUnavailable
 from serve.index.checks import RECORD_ID, check_namespace, check_query, newest, refuse
 from serve.index.errors import IndexFault, IndexOffline, IndexRetryable, RecordsRejected
 from serve.index.filters import matches
+from serve.index.lanes import WRITE_BYTES
 from serve.index.latest import GONE, Latest
 from serve.index.pace import Pace
 from serve.index.pinecone_filters import to_filter
 from serve.index.pinecone_wire import Sized, fit, parts, to_records, to_values
 from serve.index.statuses import NOT_FOUND, REFUSED, RETRY_AFTER_S, fault
-from serve.ports import Capabilities, IndexStats, Landed
+from serve.ports import Capabilities, IndexStats, Landed, Rates
 from serve.records import CollectionSpec, Filter, Hit, Record, Tombstone, Vector
 
 
@@ -86,19 +89,18 @@ class PineconeIndex:
     ) -> None:
         self.caps = Capabilities(
             max_items=settings.max_items,
-            max_bytes=settings.max_bytes * 4 // FLOAT_BYTES,
+            max_bytes=int(_estimated(settings.max_bytes)),
             max_dim=settings.max_dim,
             max_top_k=TOP_K_MAX,
             consistency="token",
             single_writer=True,
+            upserts=Rates(settings.upserts_s, _estimated(settings.upsert_bytes_s)),
+            deletes=Rates(settings.deletes_s, settings.delete_ids_s * WRITE_BYTES),
         )
         self._settings = settings
         self._api_key = api_key
         self._clock = clock
-        spaces_max = settings.namespaces_tracked_max
-        self._upserts = Pace(settings.upserts_s, settings.upsert_bytes_s, spaces_max)
-        self._deletes = Pace(settings.deletes_s, settings.delete_ids_s, spaces_max)
-        self._fetches = Pace(settings.fetches_s, settings.fetches_s, 1)
+        self._fetches = Pace(settings.fetches_s, math.inf, 1)
         self._latest = Latest(settings.ids_tracked_max)
         self._dropped: OrderedDict[str, None] = OrderedDict()
         self._opened: _Open | None = None
@@ -141,7 +143,6 @@ class PineconeIndex:
             ids = [row.id for row in rows if held.get(row.id, GONE) <= row.generation]
             for start in range(0, len(ids), IDS_PER_DELETE):
                 part = ids[start : start + IDS_PER_DELETE]
-                await self._wait(self._deletes, ns, len(part))
                 self._latest.forget(ns, part)
                 with self._missing_or_not():
                     await opened.client.delete(ids=part, namespace=ns)
@@ -293,7 +294,7 @@ class PineconeIndex:
         records: list[Record] = []
         for start in range(0, len(wanted), opened.rows_max):
             some = wanted[start : start + opened.rows_max]
-            await self._wait(self._fetches, "", 1)
+            await asyncio.sleep(self._fetches.take("", 1, self._clock()))
             with self._missing_or_not():
                 found = await opened.client.fetch(ids=some, namespace=ns)
                 records += to_records(found.vectors.values())
@@ -323,7 +324,6 @@ class PineconeIndex:
         return hits, len(reply.matches)
 
     async def _send(self, opened: _Open, ns: str, part: Sequence[Sized]) -> str | None:
-        await self._wait(self._upserts, ns, sum(row.bytes for row in part))
         self._latest.forget(ns, (row.id for row in part))
         reply = await opened.client.upsert(vectors=[row.vector for row in part], namespace=ns)
         self._latest.keep(ns, ((row.id, row.generation) for row in part))
@@ -340,11 +340,6 @@ class PineconeIndex:
             missing = getattr(error, "status_code", None) == NOT_FOUND
             if not (missing and "namespace" in str(error).lower()):
                 raise
-
-    async def _wait(self, pace: Pace, key: str, units: float) -> None:
-        wait_s = pace.wait_s(key, units, self._clock())
-        if wait_s > 0:
-            await asyncio.sleep(wait_s)
 
     @asynccontextmanager
     async def _writing(self) -> AsyncIterator[None]:
@@ -374,6 +369,11 @@ class PineconeIndex:
         except (_Unusable, TimeoutError) as error:
             message = "The index cannot be read."
             raise IndexUnavailable(message, retry_after_s=RETRY_AFTER_S) from error
+
+
+def _estimated(size_bytes: float) -> float:
+    """Bytes of requests as the buffer counts them, whose vectors take four a number."""
+    return size_bytes * 4 / FLOAT_BYTES
 
 
 def _fault(error: Exception) -> IndexFault:

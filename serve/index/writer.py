@@ -24,7 +24,7 @@ from serve.index.errors import (
 )
 from serve.index.lanes import Batch
 from serve.ports import Fence, Index, Landed
-from serve.records import CollectionSpec, Outcome, Record, Write
+from serve.records import CollectionSpec, Outcome, Pressure, Record, Sender, Write
 
 
 log = getLogger("headrace.index")
@@ -80,7 +80,7 @@ class Writer:
         return self._fenced
 
     async def offer(
-        self, ns: str, writes: Sequence[Write], deadline_s: float
+        self, sender: Sender, ns: str, writes: Sequence[Write], deadline_s: float
     ) -> tuple[Outcome, ...]:
         """Land writes in bulk; one outcome per write, in order.
 
@@ -93,7 +93,7 @@ class Writer:
         if ns in self._dropping:
             return (RELEASED,) * len(writes)
         now = self._clock()
-        tickets = self._buffer.offer(ns, writes, now, now + deadline_s)
+        tickets = self._buffer.offer(sender, ns, writes, now, now + deadline_s)
         done = asyncio.get_running_loop().create_future()
         offer = _Offer(tickets.start, [None] * len(tickets), len(tickets), done)
         self._offers.update(dict.fromkeys(tickets, offer))
@@ -102,6 +102,11 @@ class Writer:
         if tickets:
             await done
         return tuple(outcome for outcome in offer.outcomes if outcome is not None)
+
+    async def pressure(self) -> Pressure:
+        """See `serve.ports.Upserter`."""
+        self._check_accepting()
+        return self._buffer.pressure(self._clock())
 
     async def ensure(self, spec: CollectionSpec) -> None:
         """Make a namespace. Raises IndexUnavailable."""
@@ -210,13 +215,14 @@ class Writer:
             buffer.nack(batch, error, self._clock())
         except ServiceError as error:  # the fence: the Store is away or full
             wait_s = error.retry_after_s or 0.0
-            buffer.nack(batch, IndexRetryable(retry_after_s=wait_s), self._clock())
+            away = IndexRetryable(retry_after_s=wait_s, busy=False)
+            buffer.nack(batch, away, self._clock())
         except TimeoutError:
             buffer.nack(batch, IndexRetryable("flush deadline"), self._clock())
         except Exception:  # the upserter tick: a fault of ours must not lose the batch or the loop
             log.exception("flush of %s failed", batch.ns)
             self._faults += 1
-            buffer.nack(batch, IndexRetryable("internal"), self._clock())
+            buffer.nack(batch, IndexRetryable("internal", busy=False), self._clock())
         else:
             buffer.ack(batch, landed, self._clock())
             return True

@@ -24,6 +24,12 @@ Handler = Callable[[Sequence[Item], Claim], Awaitable[Sequence[Settlement]]]
 error that would end them for good is believed only of one that was tried by itself.
 """
 
+Gate = Callable[[], Awaitable[float]]
+"""For how many seconds nothing of a stage should be claimed; 0: it may be. Raises nothing."""
+
+GATE_S_MAX = 1.0
+"""A gate that is shut is asked so often: what it says is an estimate."""
+
 CLAIM_WAIT_S = 20.0
 """How long a claim waits in the Store: an idle worker asks so often."""
 
@@ -54,14 +60,16 @@ class Runner:
         worker: Worker,
         rules: Jobs,
         retries: Retries,
+        gates: Mapping[Stage, Gate],
     ) -> None:
-        """`owner` is new with each process."""
+        """`owner` is new with each process. `gates` are asked before each claim of their stage."""
         self._queue = queue
         self._handlers = handlers
         self._owner = owner
         self._worker = worker
         self._rules = rules
         self._retries = retries
+        self._gates = gates
         self._held: dict[asyncio.Task[None], Claim] = {}
         self._serving: list[asyncio.Task[None]] = []
         self._turn = asyncio.Lock()
@@ -100,11 +108,22 @@ class Runner:
 
     async def _serve(self, stage: Stage) -> None:
         while not self._leaving.is_set():
+            if not await self._may_claim(stage):
+                continue
             claim = await self._claim(stage)
             if not claim.items:
                 continue
             self.done.claimed += len(claim.items)
             await self._hold(claim)
+
+    async def _may_claim(self, stage: Stage) -> bool:
+        """Whether the stage's gate is open; if not, after a wait or when the worker leaves."""
+        gate = self._gates.get(stage)
+        wait_s = 0.0 if gate is None else await gate()
+        if wait_s > 0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._leaving.wait(), min(wait_s, GATE_S_MAX))
+        return wait_s <= 0
 
     async def _hold(self, claim: Claim) -> None:
         """Work on a claim, unless `_beat` learns that it is lost."""

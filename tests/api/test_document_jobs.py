@@ -8,7 +8,7 @@ import pytest
 from serve.config import Jobs
 from serve.errors import IndexUnavailable, ModelUnavailable, Overloaded, StoreUnavailable
 from serve.jobs.faults import HOPELESS_S
-from serve.records import Outcome
+from serve.records import Outcome, Pressure
 
 
 BOOKS = "/v1/collections/books"
@@ -347,6 +347,23 @@ async def test_an_index_that_is_away_delays_writes_and_deletes(books, whole):
     assert await texts(books) == ["ebb"]
 
 
+async def test_nothing_is_embedded_that_the_index_has_no_room_for(books, whole):
+    async def full() -> Pressure:
+        return Pressure(0.01)
+
+    whole.upserter.pressure = full
+    answer = await write(books, ("1", "tide"), wait="accepted")
+    (one,) = await items(books, answer, "delayed")
+    assert (one["error"]["code"], one["attempts"]) == ("overloaded", 0)
+    assert not whole.embedder.calls
+    assert tokens_left(await delete(books, "none", wait="accepted")) == 20_000
+    del whole.upserter.pressure
+    whole.clock.advance(10)
+    await whole.store.tick()
+    assert (await ended(books, answer))["state"] == "completed"
+    assert await texts(books) == ["tide"]
+
+
 def once(port, name, act):
     """Let `act` stand in for the first call of a method."""
     plain, calls = getattr(port, name), []
@@ -362,7 +379,7 @@ async def away(*_args):
     raise IndexUnavailable("Away.", retry_after_s=1)
 
 
-async def released(_ns, writes, _deadline_s):
+async def released(_sender, _ns, writes, _deadline_s):
     return [Outcome("released")] * len(writes)
 
 

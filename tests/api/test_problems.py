@@ -188,6 +188,24 @@ async def test_health_needs_no_key(whole):
     assert sick.json() == {"status": "not_ready", "parts": {"embedder-default": False}}
 
 
+@pytest.mark.parametrize(
+    ("parts", "status", "code"),
+    [
+        ({"store": True, "index": True}, "ready", 200),
+        ({"store": True, "index": False}, "degraded", 200),
+        ({"store": False, "index": False}, "not_ready", 503),
+        ({"store": False, "index": True}, "not_ready", 503),
+    ],
+)
+async def test_an_index_that_takes_no_writes_degrades_only(whole, parts, status, code):
+    async def ready() -> dict[str, bool]:
+        return parts
+
+    object.__setattr__(whole.service, "ready", ready)  # which is frozen
+    answer = await (await whole.client(None)).get("/health/ready")
+    assert (answer.status_code, answer.json()) == (code, {"status": status, "parts": parts})
+
+
 def test_the_api_does_not_load_ray_or_torch():
     code = (
         "import sys, serve.api.app; "

@@ -19,10 +19,11 @@ from serve.errors import BadInput, IndexUnavailable
 from serve.index import pinecone as adapter
 from serve.index.errors import BatchTooLarge, IndexOffline, IndexRetryable, RecordsRejected
 from serve.index.filters import matches, parse
-from serve.index.lanes import size_bytes
+from serve.index.lanes import WRITE_BYTES, size_bytes
 from serve.index.pinecone import PineconeIndex
 from serve.index.writer import Writer
-from serve.records import CollectionSpec, Record, Tombstone
+from serve.ports import Rates
+from serve.records import CollectionSpec, Record, Sender, Tombstone
 from tests.contract.pinecone_index import connected
 from tests.contract.pinecone_server import BODY_BYTES_MAX, KEY, PineconeServer, serving
 
@@ -362,16 +363,17 @@ async def test_the_longest_ids_fit_into_urls(rig):
     assert len(await index.fetch(NS, [record.id for record in some])) == 150
 
 
-async def test_rates_are_kept(rig):
-    index = await rig.index(upserts_s=1, deletes_s=1, deadline_s=0.3)
-    await index.upsert(NS, records(1))
+async def test_rates_of_writes_are_told_and_those_of_fetches_kept(rig):
+    index = await rig.index(
+        upserts_s=3, upsert_bytes_s=13e6, deletes_s=2, delete_ids_s=10, fetches_s=1, deadline_s=0.3
+    )
+    assert index.caps.upserts == Rates(3, 4e6)
+    assert index.caps.deletes == Rates(2, 10 * WRITE_BYTES)
+    for _ in range(2):
+        await index.upsert(NS, records(1))  # of the second the writer knows what is held
     with pytest.raises(IndexRetryable, match="deadline"):
-        await index.upsert(NS, records(1))
-    await index.upsert("f" * 32, records(1))  # each namespace has its own
+        await index.upsert("f" * 32, records(1))
     assert rig.server.count(UPSERT) == 2
-    await index.delete(NS, [Tombstone("a", "d", 1)])
-    with pytest.raises(IndexRetryable, match="deadline"):
-        await index.delete(NS, [Tombstone("a", "d", 1)])
 
 
 async def test_vectors_that_others_wrote_are_left_out(rig):
@@ -563,7 +565,7 @@ async def test_one_poison_is_found_and_the_rest_lands(rig, rng):
     async with AsyncExitStack() as stack:
         running = asyncio.create_task(writer.run())
         stack.push_async_callback(writer.drain, 5)
-        outcomes = await writer.offer(NS, records(40), 30)
+        outcomes = await writer.offer(Sender("me", 1.0), NS, records(40), 30)
     await running
     assert [at for at, one in enumerate(outcomes) if one.word != "landed"] == [13]
     assert "400" in outcomes[13].reason

@@ -1,4 +1,7 @@
-"""The buffer against a model: nothing lost, nothing twice, bounds hold, the newest write wins."""
+"""The buffer against a model: nothing lost, nothing twice, bounds and rates hold, the newest write wins.
+
+What it owes to tenants is in test_buffer_fairness.py.
+"""
 
 import random
 from dataclasses import dataclass
@@ -14,11 +17,20 @@ from serve.errors import Overloaded
 from serve.index.buffer import Buffer
 from serve.index.errors import BatchTooLarge, IndexOffline, IndexRetryable, RecordsRejected
 from serve.index.lanes import Batch
-from serve.ports import Capabilities, Landed
-from serve.records import Outcome, Record, Tombstone, Write
+from serve.index.pace import BURST_S
+from serve.ports import Capabilities, Landed, Rates
+from serve.records import Outcome, Record, Sender, Tombstone, Write
 
 
-SETTINGS = BufferSettings(writes_max=40, lanes_max=2, flushes_max=2, pause_s=3)
+SETTINGS = BufferSettings(
+    writes_max=40,
+    tenant_writes_max=25,
+    lanes_max=3,
+    flushes_max=3,
+    flushes_s=5,
+    pause_s=3,
+)
+UPSERTS, DELETES = Rates(requests_s=3, bytes_s=2000), Rates(requests_s=2)
 CAPS = Capabilities(
     max_items=6,
     max_bytes=2000,
@@ -26,8 +38,12 @@ CAPS = Capabilities(
     max_top_k=10,
     consistency="strong",
     single_writer=True,
+    upserts=UPSERTS,
+    deletes=DELETES,
 )
-SPACES = ("a", "b", "c")
+ANN, BOB = Sender("ann", 1.0), Sender("bob", 4.0)
+SENDERS = {"a": ANN, "b": ANN, "c": BOB, "d": BOB}
+SPACES = tuple(SENDERS)
 VECTOR = np.ones(2, np.float32)
 Key = tuple[str, str]
 
@@ -72,6 +88,8 @@ class BufferMachine(RuleBasedStateMachine):
         self.outdated: set[tuple[Key, int]] = set()
         self.dropped: set[str] = set()
         self.made = 0
+        self.flushed: list[tuple[float, Batch]] = []
+        self.offline = False
 
     # What a driver does
 
@@ -80,9 +98,10 @@ class BufferMachine(RuleBasedStateMachine):
         batch = [self._make(*one) for one in wanted]
         before = self.buffer.stats(self.now)
         try:
-            tickets = self.buffer.offer(ns, batch, self.now, self.now + ttl)
-        except Overloaded:
+            tickets = self.buffer.offer(SENDERS[ns], ns, batch, self.now, self.now + ttl)
+        except Overloaded as error:
             assert self.buffer.stats(self.now) == before
+            self._check_refusal(error, ns, len(batch))
             return
         assert len(tickets) == len(batch)
         for ticket, write, one in zip(tickets, batch, wanted, strict=True):
@@ -91,6 +110,21 @@ class BufferMachine(RuleBasedStateMachine):
             self.asked[ticket] = asked
             self.open.add(ticket)
         self._collect()
+
+    def _check_refusal(self, error: Overloaded, ns: str, count: int) -> None:
+        """It names the bound that this would have passed."""
+        assert error.retry_after_s is not None
+        assert error.retry_after_s > 0
+        if "tenant_writes_max" in error.message:
+            assert self._held(SENDERS[ns]) + count > SETTINGS.tenant_writes_max
+        elif "buffer.writes_max" in error.message:
+            assert len(self.open) + count > SETTINGS.writes_max
+        else:
+            assert "lanes_max" in error.message
+            assert self.buffer.stats(self.now)["lanes"] == SETTINGS.lanes_max
+
+    def _held(self, sender: Sender) -> int:
+        return sum(SENDERS[self.asked[ticket].key[0]] is sender for ticket in self.open)
 
     def _make(self, name: str, generation: int, word: str) -> Write:
         self.made += 1
@@ -104,7 +138,9 @@ class BufferMachine(RuleBasedStateMachine):
         self._send()
 
     def _send(self) -> None:
-        for batch in self.buffer.due(self.now):
+        batches = self.buffer.due(self.now)
+        self._collect()  # what was too late has left before they went
+        for batch in batches:
             ids = [write.id for write in batch.writes]
             assert len(set(ids)) == len(ids)
             assert 1 <= len(ids) <= CAPS.max_items
@@ -112,8 +148,30 @@ class BufferMachine(RuleBasedStateMachine):
             assert batch.ns not in {other.ns for other in self.flying}
             self._check_order(batch)
             self.flying.append(batch)
-        assert len(self.flying) <= SETTINGS.flushes_max
-        self._collect()
+            self.flushed.append((self.now, batch))
+            assert len(self.flying) <= self.buffer.stats(self.now)["window"]
+            self._check_rates(batch)
+
+    def _check_rates(self, batch: Batch) -> None:
+        """In no period does more go out than the burst and what its length allows, and one request."""
+        self._check_rate([*self.flushed], SETTINGS.flushes_s, 1.0)
+        alike = [
+            (at, one)
+            for at, one in self.flushed
+            if one.ns == batch.ns
+            if kind(one.writes[0]) is kind(batch.writes[0])
+        ]
+        rates = UPSERTS if batch.records else DELETES
+        self._check_rate(alike, rates.requests_s, 1.0)
+        if batch.records:
+            self._check_rate(alike, rates.bytes_s, None)
+
+    def _check_rate(self, sent: list[tuple[float, Batch]], rate: float, each: float | None) -> None:
+        total = largest = 0.0
+        for at, one in reversed(sent):
+            amount = each or one.bytes
+            total, largest = total + amount, max(largest, amount)
+            assert total <= rate * (BURST_S + self.now - at) + largest + 1e-6
 
     def _check_order(self, batch: Batch) -> None:
         """A record's first flight comes after the tombstones of its id that were there before."""
@@ -136,6 +194,7 @@ class BufferMachine(RuleBasedStateMachine):
 
     def _flush(self, batch: Batch, picky: bool) -> None:
         self.flying.remove(batch)
+        self.offline = False
         poison = [record for record in batch.records if record.text == "poison"]
         if poison and not picky:
             error = RecordsRejected("no") if len(batch.writes) % 2 else BatchTooLarge("no")
@@ -151,15 +210,22 @@ class BufferMachine(RuleBasedStateMachine):
         self._collect()
 
     @precondition(lambda self: self.flying)
-    @rule(data=st.data(), applied=st.booleans(), offline=st.booleans())
-    def fail(self, data: st.DataObject, applied: bool, offline: bool) -> None:
+    @rule(data=st.data(), applied=st.booleans(), word=st.sampled_from(("busy", "other", "offline")))
+    def fail(self, data: st.DataObject, applied: bool, word: str) -> None:
         """The answer is lost; the work may have been done all the same."""
         batch = self._pick(data)
         self.flying.remove(batch)
         if applied:
             self._apply(batch, {record.id for record in batch.records if record.text == "poison"})
-        error = IndexOffline("off") if offline else IndexRetryable("busy", retry_after_s=1)
-        self.buffer.nack(batch, error, self.now)
+        before = self.buffer.stats(self.now)["window"]
+        if word == "offline":
+            self.buffer.nack(batch, IndexOffline("off"), self.now)
+            self.offline = True
+        else:
+            error = IndexRetryable("no", retry_after_s=1, busy=word == "busy")
+            self.buffer.nack(batch, error, self.now)
+        after = self.buffer.stats(self.now)["window"]
+        assert after == before or (word == "busy" and after == max(1, before // 2))
         self._collect()
 
     @precondition(lambda self: self.flying)
@@ -256,7 +322,22 @@ class BufferMachine(RuleBasedStateMachine):
         assert 0 <= stats["bytes"] <= SETTINGS.bytes_max
         assert (stats["bytes"] > 0) == (stats["depth"] > 0)
         assert stats["in_flight"] == len(self.flying)
-        assert stats["flushes"] <= 10_000
+        assert 1 <= stats["window"] <= SETTINGS.flushes_max
+        assert stats["tenants"] == len({SENDERS[ns] for ns in held})
+        for sender in (ANN, BOB):
+            assert self._held(sender) <= SETTINGS.tenant_writes_max
+
+    @invariant()
+    def whoever_asks_is_told_to_wait_before_a_bound(self) -> None:
+        pressure = self.buffer.pressure(self.now)
+        paused = self.buffer.stats(self.now)["paused"]
+        assert pressure.paused == bool(paused or (self.offline and self.open))
+        full = len(self.open) >= SETTINGS.soft_fill * SETTINGS.writes_max
+        assert (pressure.wait_s > 0) == (full or pressure.paused)
+        soft = SETTINGS.soft_fill * SETTINGS.tenant_writes_max
+        crowded = {one.tenant for one in (ANN, BOB) if self._held(one) >= soft}
+        assert set(pressure.tenants) == crowded
+        assert all(wait_s > 0 for wait_s in pressure.tenants.values())
 
     def teardown(self) -> None:
         """With a healthy index every ticket is answered, woken by `next_due` alone."""
@@ -309,7 +390,7 @@ def test_a_poison_record_costs_few_requests_and_its_neighbours_land(rng: random.
     for bad in (0, 37, 99):
         buffer = Buffer(BufferSettings(), caps, rng)
         records = [Record(f"r{i}", "d", 1, i, VECTOR) for i in range(100)]
-        buffer.offer("a", records, 0.0, 100.0)
+        buffer.offer(ANN, "a", records, 0.0, 100.0)
         requests = 0
         while batches := buffer.due(1.0):
             requests += 1
@@ -329,7 +410,7 @@ def test_a_refused_batch_never_becomes_a_mass_of_rejections(
     buffer = Buffer(BufferSettings(pause_s=5), CAPS_WIDE, rng)
     records = [Record(f"r{i:03}", "d", 1, i, VECTOR) for i in range(100)]
     bad = {record.id for record in records[:: round(1 / share)]}
-    buffer.offer("a", records, 0.0, deadline_s)
+    buffer.offer(ANN, "a", records, 0.0, deadline_s)
     now, words = 0.0, []
     while (due := buffer.next_due(now)) is not None:
         now = due

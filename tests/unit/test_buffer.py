@@ -11,7 +11,7 @@ from serve.index.buffer import Buffer
 from serve.index.errors import IndexOffline, IndexRetryable, RecordsRejected
 from serve.index.lanes import Batch, size_bytes
 from serve.ports import Capabilities, Landed
-from serve.records import Record, Tombstone
+from serve.records import Record, Sender, Tombstone
 
 
 CAPS = Capabilities(
@@ -23,6 +23,7 @@ CAPS = Capabilities(
     single_writer=True,
 )
 FAR = 1e9
+ME = Sender("me", 1.0)
 VECTOR = np.ones(4, np.float32)
 
 
@@ -53,13 +54,13 @@ def words(buffer: Buffer) -> list[tuple[int, str]]:
 
 def busy(buffer: Buffer, ns: str = "a", now: float = 0.0) -> Batch:
     """A lane with one write in flight, so that the next ones wait."""
-    buffer.offer(ns, [record("first")], now, FAR)
+    buffer.offer(ME, ns, [record("first")], now, FAR)
     [batch] = buffer.due(now)
     return batch
 
 
 def test_an_idle_lane_is_flushed_at_once(buffer):
-    assert list(buffer.offer("a", many(2), 5.0, FAR)) == [0, 1]
+    assert list(buffer.offer(ME, "a", many(2), 5.0, FAR)) == [0, 1]
     assert buffer.next_due(5.0) == 5.0
     [batch] = buffer.due(5.0)
     assert ids(batch) == ["r000", "r001"]
@@ -71,7 +72,7 @@ def test_an_idle_lane_is_flushed_at_once(buffer):
 
 def test_writes_gather_behind_a_flush_until_they_are_old_enough(buffer):
     batch = busy(buffer)
-    buffer.offer("a", many(2), 0.2, FAR)
+    buffer.offer(ME, "a", many(2), 0.2, FAR)
     assert buffer.due(0.9) == []
     buffer.ack(batch, Landed(), 0.9)
     age_s = 1.0  # a fill of exactly a tenth leaves it
@@ -82,10 +83,10 @@ def test_writes_gather_behind_a_flush_until_they_are_old_enough(buffer):
 
 def test_a_full_lane_does_not_wait(buffer):
     batch = busy(buffer)
-    buffer.offer("a", many(7), 0.1, FAR)
+    buffer.offer(ME, "a", many(7), 0.1, FAR)
     buffer.ack(batch, Landed(), 0.2)
     assert buffer.due(0.2) == []
-    buffer.offer("a", many(1, 7), 0.3, FAR)  # eight of ten
+    buffer.offer(ME, "a", many(1, 7), 0.3, FAR)  # eight of ten
     [batch] = buffer.due(0.3)
     assert len(batch.writes) == 8
 
@@ -93,7 +94,7 @@ def test_a_full_lane_does_not_wait(buffer):
 def test_bytes_fill_a_lane_and_bound_a_batch(buffer):
     batch = busy(buffer)
     large = [record(f"l{number}", text="x" * 20_000) for number in range(4)]
-    buffer.offer("a", large, 0.1, FAR)  # 80,000 of 75,000
+    buffer.offer(ME, "a", large, 0.1, FAR)  # 80,000 of 75,000
     buffer.ack(batch, Landed(), 0.2)
     [batch] = buffer.due(0.2)
     assert sum(size_bytes(write) for write in batch.writes) <= 75_000
@@ -101,7 +102,7 @@ def test_bytes_fill_a_lane_and_bound_a_batch(buffer):
 
 
 def test_one_write_above_the_limit_goes_alone(buffer):
-    buffer.offer("a", [record("l", text="x" * 200_000), record("r")], 0.0, FAR)
+    buffer.offer(ME, "a", [record("l", text="x" * 200_000), record("r")], 0.0, FAR)
     [batch] = buffer.due(0.0)
     assert ids(batch) == ["l"]
 
@@ -116,9 +117,9 @@ def test_the_size_counts_bytes_not_characters():
 def test_the_age_adapts_to_the_fill(rng, count, factor):
     caps = Capabilities(11, CAPS.max_bytes, 8, 10, "strong", single_writer=True)
     buffer = Buffer(BufferSettings(age_s_start=1.0), caps, rng)
-    buffer.offer("a", many(max(count, 1)), 0.0, FAR)
+    buffer.offer(ME, "a", many(max(count, 1)), 0.0, FAR)
     [batch] = buffer.due(0.0)
-    buffer.offer("a", [record("later")], 0.0, FAR)
+    buffer.offer(ME, "a", [record("later")], 0.0, FAR)
     buffer.ack(batch, Landed(), 0.0)
     assert buffer.next_due(0.0) == pytest.approx(factor)
 
@@ -127,16 +128,16 @@ def test_the_age_stays_within_its_bounds(rng):
     caps = Capabilities(11, CAPS.max_bytes, 8, 10, "strong", single_writer=True)
     buffer = Buffer(BufferSettings(age_s_start=0.03, age_s_min=0.02), caps, rng)
     for step in range(5):
-        buffer.offer("a", [record("r")], float(step), FAR)
+        buffer.offer(ME, "a", [record("r")], float(step), FAR)
         for batch in buffer.due(float(step)):
-            buffer.offer("a", [record("r")], float(step), FAR)
+            buffer.offer(ME, "a", [record("r")], float(step), FAR)
             buffer.ack(batch, Landed(), float(step))
     assert buffer.next_due(4.0) == pytest.approx(4.02)
 
 
 def test_one_batch_in_flight_per_lane_and_a_few_in_all(buffer):
     for ns in "abc":
-        buffer.offer(ns, many(25), 0.0, FAR)
+        buffer.offer(ME, ns, many(25), 0.0, FAR)
     batches = buffer.due(0.0)
     assert [batch.ns for batch in batches] == ["a", "b"]
     assert buffer.due(0.0) == []
@@ -145,15 +146,15 @@ def test_one_batch_in_flight_per_lane_and_a_few_in_all(buffer):
 
 
 def test_a_backlog_in_one_lane_does_not_hold_up_another(buffer):
-    buffer.offer("big", many(100), 0.0, FAR)
-    buffer.offer("other", many(100), 0.0, FAR)
+    buffer.offer(ME, "big", many(100), 0.0, FAR)
+    buffer.offer(ME, "other", many(100), 0.0, FAR)
     served = []
     now = 0.0
     for _ in range(4):
         batches = buffer.due(now)
         now += 1.0
         if now == 1.0:
-            buffer.offer("small", [record("r")], now, FAR)
+            buffer.offer(ME, "small", [record("r")], now, FAR)
         for batch in batches:
             served.append(batch.ns)
             buffer.ack(batch, Landed(), now)
@@ -165,14 +166,14 @@ def test_a_backlog_in_one_lane_does_not_hold_up_another(buffer):
 
 def test_a_newer_write_replaces_a_waiting_one_and_an_older_is_outranked(buffer):
     busy(buffer)
-    buffer.offer("a", [record("r", 2), record("r", 3), record("r", 1)], 0.1, FAR)
+    buffer.offer(ME, "a", [record("r", 2), record("r", 3), record("r", 1)], 0.1, FAR)
     assert words(buffer) == [(1, "superseded"), (3, "superseded")]
     assert buffer.depth == 2
 
 
 def test_a_newer_write_waits_for_its_predecessor_in_flight(buffer):
     batch = busy(buffer)
-    buffer.offer("a", [record("first", 2)], 0.1, FAR)
+    buffer.offer(ME, "a", [record("first", 2)], 0.1, FAR)
     buffer.ack(batch, Landed(), 0.2)
     [batch] = buffer.due(5.0)
     assert batch.writes[0].generation == 2
@@ -181,11 +182,11 @@ def test_a_newer_write_waits_for_its_predecessor_in_flight(buffer):
 
 
 def test_what_flies_outranks_an_older_record_but_not_an_older_tombstone(buffer):
-    buffer.offer("a", [record("r", 5)], 0.0, FAR)
+    buffer.offer(ME, "a", [record("r", 5)], 0.0, FAR)
     [batch] = buffer.due(0.0)
-    buffer.offer("a", [record("r", 4)], 0.1, FAR)
+    buffer.offer(ME, "a", [record("r", 4)], 0.1, FAR)
     assert words(buffer) == [(1, "superseded")]
-    buffer.offer("a", [stone("r", 4)], 0.1, FAR)
+    buffer.offer(ME, "a", [stone("r", 4)], 0.1, FAR)
     buffer.ack(batch, Landed(), 0.2)
     [batch] = buffer.due(5.0)
     assert batch.tombstones == (stone("r", 4),)
@@ -193,8 +194,8 @@ def test_what_flies_outranks_an_older_record_but_not_an_older_tombstone(buffer):
 
 def test_repeats_of_one_generation_share_the_outcome(buffer):
     first = busy(buffer)
-    buffer.offer("a", [record("r", 2, "one")], 0.1, FAR)
-    buffer.offer("a", [record("r", 2, "two")], 0.2, FAR)
+    buffer.offer(ME, "a", [record("r", 2, "one")], 0.1, FAR)
+    buffer.offer(ME, "a", [record("r", 2, "two")], 0.2, FAR)
     buffer.ack(first, Landed(), 0.3)
     [batch] = buffer.due(5.0)
     assert [write.text for write in batch.records] == ["two"]
@@ -205,14 +206,14 @@ def test_repeats_of_one_generation_share_the_outcome(buffer):
 def test_a_tombstone_outranks_older_records_only(buffer):
     busy(buffer)
     writes = [record("r", 2), stone("r", 3), record("r", 3), record("r", 4), stone("r", 1)]
-    buffer.offer("a", writes, 0.1, FAR)
+    buffer.offer(ME, "a", writes, 0.1, FAR)
     # The record of generation 2 is gone, 3 gave way to 4, and the old tombstone to the newer.
     assert words(buffer) == [(1, "superseded"), (3, "superseded"), (5, "superseded")]
 
 
 def test_a_tombstone_goes_before_the_newer_record_of_its_id(buffer):
     first = busy(buffer)
-    buffer.offer("a", [record("x", 1), record("r", 5), stone("r", 4)], 0.1, FAR)
+    buffer.offer(ME, "a", [record("x", 1), record("r", 5), stone("r", 4)], 0.1, FAR)
     buffer.ack(first, Landed(), 0.2)
     order = []
     now = 5.0
@@ -224,7 +225,7 @@ def test_a_tombstone_goes_before_the_newer_record_of_its_id(buffer):
 
 
 def test_writes_that_the_store_superseded_leave_the_batch(buffer):
-    buffer.offer("a", many(3), 0.0, FAR)
+    buffer.offer(ME, "a", many(3), 0.0, FAR)
     [batch] = buffer.due(0.0)
     left = buffer.supersede(batch, ["r001", "absent"])
     assert ids(left) == ["r000", "r002"]
@@ -236,9 +237,9 @@ def test_writes_that_the_store_superseded_leave_the_batch(buffer):
 
 
 def test_a_retryable_batch_comes_back_whole_after_a_growing_wait(buffer):
-    buffer.offer("a", many(3), 0.0, FAR)
+    buffer.offer(ME, "a", many(3), 0.0, FAR)
     [batch] = buffer.due(0.0)
-    buffer.offer("a", many(3, 3), 0.0, FAR)
+    buffer.offer(ME, "a", many(3, 3), 0.0, FAR)
     now = 0.0
     for tries in range(1, 12):
         buffer.nack(batch, IndexRetryable(), now)
@@ -255,10 +256,10 @@ def test_a_retryable_batch_comes_back_whole_after_a_growing_wait(buffer):
 
 
 def test_an_offline_index_pauses_everything_and_keeps_it(buffer):
-    buffer.offer("a", many(3), 0.0, FAR)
+    buffer.offer(ME, "a", many(3), 0.0, FAR)
     [batch] = buffer.due(0.0)
     buffer.nack(batch, IndexOffline("key"), 0.0)
-    buffer.offer("b", many(3), 0.1, FAR)
+    buffer.offer(ME, "b", many(3), 0.1, FAR)
     assert buffer.stats(0.1)["paused"]
     assert buffer.due(4.9) == []
     assert buffer.next_due(0.1) == 5.0
@@ -268,7 +269,7 @@ def test_an_offline_index_pauses_everything_and_keeps_it(buffer):
 
 
 def test_a_single_refused_record_is_poison(buffer):
-    buffer.offer("a", [record("r")], 0.0, FAR)
+    buffer.offer(ME, "a", [record("r")], 0.0, FAR)
     [batch] = buffer.due(0.0)
     buffer.nack(batch, RecordsRejected("bad row"), 0.0)
     [(ticket, outcome)] = buffer.finished()
@@ -276,7 +277,7 @@ def test_a_single_refused_record_is_poison(buffer):
 
 
 def test_verdicts_wait_until_the_batch_is_through(buffer):
-    buffer.offer("a", many(4), 0.0, FAR)
+    buffer.offer(ME, "a", many(4), 0.0, FAR)
     [batch] = buffer.due(0.0)
     buffer.nack(batch, RecordsRejected("no"), 0.0)
     [half] = buffer.due(0.0)
@@ -291,8 +292,8 @@ def test_verdicts_wait_until_the_batch_is_through(buffer):
 
 
 def test_a_second_refusal_in_a_small_batch_pauses_its_lane_only(buffer):
-    buffer.offer("a", many(2), 0.0, FAR)
-    buffer.offer("b", many(2), 0.0, FAR)
+    buffer.offer(ME, "a", many(2), 0.0, FAR)
+    buffer.offer(ME, "b", many(2), 0.0, FAR)
     batch, other = buffer.due(0.0)
     buffer.nack(batch, RecordsRejected("no"), 0.0)
     for _ in range(2):
@@ -311,45 +312,45 @@ def test_a_second_refusal_in_a_small_batch_pauses_its_lane_only(buffer):
 
 def test_a_full_buffer_takes_nothing(rng):
     buffer = Buffer(BufferSettings(writes_max=5, lanes_max=2, flushes_max=1), CAPS, rng)
-    buffer.offer("a", many(3), 0.0, FAR)
+    buffer.offer(ME, "a", many(3), 0.0, FAR)
     before = buffer.stats(0.0)
     with pytest.raises(Overloaded) as caught:
-        buffer.offer("a", many(3, 3), 0.0, FAR)
+        buffer.offer(ME, "a", many(3, 3), 0.0, FAR)
     assert caught.value.retry_after_s == 1.0  # nothing landed yet: a guess
     assert buffer.stats(0.0) == before
     [batch] = buffer.due(0.0)
     buffer.ack(batch, Landed(), 1.0)  # three a second
-    buffer.offer("a", many(3), 1.0, FAR)
+    buffer.offer(ME, "a", many(3), 1.0, FAR)
     with pytest.raises(Overloaded) as caught:
-        buffer.offer("a", many(5, 3), 1.0, FAR)
+        buffer.offer(ME, "a", many(5, 3), 1.0, FAR)
     assert caught.value.retry_after_s == pytest.approx(5 / 3)
     with pytest.raises(TooLarge):
-        buffer.offer("a", many(6), 1.0, FAR)
+        buffer.offer(ME, "a", many(6), 1.0, FAR)
 
 
 def test_lanes_and_bytes_are_bounded(rng):
     settings = BufferSettings(lanes_max=1, bytes_max=2**20)
     buffer = Buffer(settings, CAPS, rng)
-    buffer.offer("a", [record("r", text="x" * 900_000)], 0.0, FAR)
+    buffer.offer(ME, "a", [record("r", text="x" * 900_000)], 0.0, FAR)
     with pytest.raises(Overloaded):
-        buffer.offer("b", [record("r")], 0.0, FAR)
+        buffer.offer(ME, "b", [record("r")], 0.0, FAR)
     with pytest.raises(Overloaded):
-        buffer.offer("a", [record("s", text="x" * 200_000)], 0.0, FAR)
-    buffer.offer("a", [record("s", text="x" * 100_000)], 0.0, FAR)
+        buffer.offer(ME, "a", [record("s", text="x" * 200_000)], 0.0, FAR)
+    buffer.offer(ME, "a", [record("s", text="x" * 100_000)], 0.0, FAR)
     with pytest.raises(TooLarge):
-        buffer.offer("a", [record("s", text="x" * 2_000_000)], 0.0, FAR)
+        buffer.offer(ME, "a", [record("s", text="x" * 2_000_000)], 0.0, FAR)
 
 
 def test_an_empty_offer_leaves_no_trace(buffer):
-    assert len(buffer.offer("a", [], 0.0, FAR)) == 0
+    assert len(buffer.offer(ME, "a", [], 0.0, FAR)) == 0
     assert buffer.stats(0.0)["lanes"] == 0
     assert buffer.next_due(0.0) is None
 
 
 def test_a_deadline_releases_what_is_not_in_flight(buffer):
-    buffer.offer("a", [record("first")], 0.0, 10.0)
+    buffer.offer(ME, "a", [record("first")], 0.0, 10.0)
     [batch] = buffer.due(0.0)
-    buffer.offer("a", many(2), 0.0, 5.0)
+    buffer.offer(ME, "a", many(2), 0.0, 5.0)
     assert buffer.next_due(0.0) == 5.0
     assert buffer.due(5.0) == []
     assert words(buffer) == [(1, "released"), (2, "released")]
@@ -361,7 +362,7 @@ def test_a_deadline_releases_what_is_not_in_flight(buffer):
 
 
 def test_a_lane_whose_writes_all_expired_is_forgotten(buffer):
-    buffer.offer("a", many(2), 0.0, 5.0)
+    buffer.offer(ME, "a", many(2), 0.0, 5.0)
     [batch] = buffer.due(0.0)
     buffer.nack(batch, IndexRetryable(retry_after_s=50), 0.0)
     assert buffer.due(5.0) == []
@@ -371,8 +372,8 @@ def test_a_lane_whose_writes_all_expired_is_forgotten(buffer):
 
 def test_repeats_keep_their_own_deadlines(buffer):
     first = busy(buffer)
-    buffer.offer("a", [record("r")], 0.0, 2.0)
-    buffer.offer("a", [record("r")], 0.0, 9.0)
+    buffer.offer(ME, "a", [record("r")], 0.0, 2.0)
+    buffer.offer(ME, "a", [record("r")], 0.0, 9.0)
     assert buffer.due(3.0) == []
     assert words(buffer) == [(1, "released")]
     buffer.ack(first, Landed(), 3.0)
@@ -383,11 +384,11 @@ def test_repeats_keep_their_own_deadlines(buffer):
 
 def test_drop_releases_a_lane_and_lets_its_flight_end(buffer):
     batch = busy(buffer)
-    buffer.offer("a", many(2), 0.0, FAR)
+    buffer.offer(ME, "a", many(2), 0.0, FAR)
     buffer.drop("a")
     assert words(buffer) == [(1, "released"), (2, "released")]
     assert buffer.is_flying("a")
-    buffer.offer("a", many(1), 0.1, FAR)
+    buffer.offer(ME, "a", many(1), 0.1, FAR)
     assert words(buffer) == [(3, "released")]
     buffer.nack(batch, IndexRetryable(), 0.2)
     assert words(buffer) == [(0, "released")]
@@ -397,7 +398,7 @@ def test_drop_releases_a_lane_and_lets_its_flight_end(buffer):
 
 def test_release_all_gives_back_also_what_flies_and_ignores_its_return(buffer):
     batch = busy(buffer)
-    buffer.offer("b", many(2), 0.0, FAR)
+    buffer.offer(ME, "b", many(2), 0.0, FAR)
     buffer.release_all()
     assert sorted(words(buffer)) == [(0, "released"), (1, "released"), (2, "released")]
     buffer.ack(batch, Landed(), 0.1)
@@ -419,7 +420,7 @@ def test_a_stale_batch_number_is_ignored(buffer):
 
 def test_hurry_makes_every_lane_due(buffer):
     batch = busy(buffer)
-    buffer.offer("a", many(2), 0.0, FAR)
+    buffer.offer(ME, "a", many(2), 0.0, FAR)
     buffer.hurry()
     buffer.ack(batch, Landed(), 0.01)
     assert len(buffer.due(0.01)) == 1
@@ -427,14 +428,14 @@ def test_hurry_makes_every_lane_due(buffer):
 
 def test_the_oldest_age_counts_what_flies(buffer):
     busy(buffer)
-    buffer.offer("a", many(1), 3.0, FAR)
+    buffer.offer(ME, "a", many(1), 3.0, FAR)
     assert buffer.stats(4.0)["oldest_age_s"] == 4.0
 
 
 def test_finished_offers_leave_no_deadlines_behind(buffer):
     for step in range(500):
-        buffer.offer("a", many(1), float(step), FAR)
+        buffer.offer(ME, "a", many(1), float(step), FAR)
         for batch in buffer.due(float(step)):
             buffer.ack(batch, Landed(), float(step))
     assert len(buffer._deadlines) < 100
-    assert len(buffer._due) < 100
+    assert len(buffer._schedule._timers) < 100

@@ -9,9 +9,10 @@ from ray.exceptions import ActorDiedError
 
 from deployments import handles
 from deployments.conduit import ConduitLost, ReplicaLeaves
-from deployments.handles import EmbedderPort
-from serve.errors import DeadlineExceeded, ModelUnavailable
-from serve.records import EmbedCall, EmbedReply, Input
+from deployments.handles import PRESSURE_KEPT_S, EmbedderPort, UpserterPort
+from serve.config import Settings
+from serve.errors import DeadlineExceeded, IndexUnavailable, ModelUnavailable
+from serve.records import EmbedCall, EmbedReply, Input, Pressure
 
 
 REPLY = EmbedReply(np.ones((1, 3), np.float32))
@@ -124,3 +125,27 @@ async def test_both_tries_together_are_bounded_by_the_deadline(port):
     one, _ = port(conduits)
     with pytest.raises(DeadlineExceeded):
         await one.embed(call(deadline_s=0.01))
+
+
+async def test_the_writer_is_asked_for_its_pressure_once_for_many_items(clock, monkeypatch):
+    answers, asked = [Pressure(1.0), IndexUnavailable("Away."), Pressure(2.0)], []
+
+    async def ask(method, **_):
+        asked.append(method)
+        answer = answers[len(asked) - 1]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(handles, "time", SimpleNamespace(monotonic=clock))
+    port = UpserterPort(Settings())
+    port._named = SimpleNamespace(ask=ask)
+    clock.advance(1)
+    assert await asyncio.gather(*(port.pressure() for _ in range(9))) == [Pressure(1.0)] * 9
+    clock.advance(PRESSURE_KEPT_S)
+    for _ in range(3):  # nor is one that is away asked by each
+        with pytest.raises(IndexUnavailable):
+            await port.pressure()
+    clock.advance(PRESSURE_KEPT_S)
+    assert await port.pressure() == Pressure(2.0)
+    assert asked == ["pressure"] * 3

@@ -10,10 +10,11 @@ from serve.errors import IndexUnavailable, Internal
 from serve.flows.lander import Lander, Landing
 from serve.flows.landing import chunk_id
 from serve.items import Item
-from serve.records import Collection, Outcome, Record, Tombstone, Write
+from serve.records import Collection, Outcome, Record, Sender, Tombstone, Write
 
 
 COLLECTION = Collection("0" * 32, "acme", "books", "plain", "r", 2, 0.0)
+ME = Sender("acme", 4.0)
 
 
 class Answers:
@@ -23,7 +24,10 @@ class Answers:
         self.words = words
         self.offers: list[Sequence[Write]] = []
 
-    async def offer(self, _ns: str, writes: Sequence[Write], _deadline_s: float) -> list[Outcome]:
+    async def offer(
+        self, sender: Sender, _ns: str, writes: Sequence[Write], _deadline_s: float
+    ) -> list[Outcome]:
+        assert sender is ME
         self.offers.append(writes)
         return [Outcome(self.words.get(one.document, "landed"), "No.") for one in writes]
 
@@ -54,7 +58,7 @@ def lander(index: Answers, items_max: int = 3) -> Lander:
 
 async def test_each_item_has_its_own_fate():
     index = Answers(d2="superseded", d3="rejected")
-    fates = await lander(index).land(COLLECTION, [landing(n, chunks=2) for n in range(1, 5)])
+    fates = await lander(index).land(ME, COLLECTION, [landing(n, chunks=2) for n in range(1, 5)])
     assert {item: error and error.code for item, error in fates.items()} == {
         2: None,
         3: "invalid_request",
@@ -65,14 +69,14 @@ async def test_each_item_has_its_own_fate():
 async def test_what_came_back_untried_is_a_fault_of_the_index_and_not_of_the_items():
     index = Answers(d2="released")
     with pytest.raises(IndexUnavailable) as raised:
-        await lander(index).land(COLLECTION, [landing(1, before=3), landing(2)])
+        await lander(index).land(ME, COLLECTION, [landing(1, before=3), landing(2)])
     assert raised.value.retryable
     assert [len(writes) for writes in index.offers] == [2]  # no chunk is removed before all landed
 
 
 async def test_chunks_that_earlier_versions_had_more_are_removed_after_the_new_ones_landed():
     index = Answers(d2="superseded")
-    await lander(index).land(COLLECTION, [landing(1, chunks=1, before=3), landing(2, before=3)])
+    await lander(index).land(ME, COLLECTION, [landing(1, chunks=1, before=3), landing(2, before=3)])
     last = index.offers[-1]
     assert last == [Tombstone(chunk_id(COLLECTION, "d1", n), "d1", 5) for n in (1, 2)]
 
@@ -82,4 +86,4 @@ async def test_chunks_that_earlier_versions_had_more_are_removed_after_the_new_o
 )
 async def test_a_delete_that_was_not_done_is_raised(word: str, error: type[Exception]):
     with pytest.raises(error):
-        await lander(Answers(d1=word)).land(COLLECTION, [landing(1, chunks=0, before=2)])
+        await lander(Answers(d1=word)).land(ME, COLLECTION, [landing(1, chunks=0, before=2)])

@@ -11,10 +11,11 @@ from serve.config import Limits
 from serve.content.vectors import SentVector, checked, decoded, in_base64
 from serve.errors import BadInput, IndexUnavailable, Overloaded
 from serve.flows.vectors import VectorFlow, _checked
-from serve.records import Collection, Outcome, Record
+from serve.records import Caller, Collection, Outcome, Pressure, Record, Sender
 
 
 COLLECTION = Collection("0" * 32, "acme", "books", "plain", "r", 2, 0.0)
+CALLER = Caller("acme", "premium", 4.0, "k")
 LIMITS = Limits(vectors_max=5, vector_text_chars_max=4, document_id_bytes_max=8)
 
 
@@ -98,6 +99,7 @@ class Answers:
         self.taken = taken
         self.grants: list[Sequence[str]] = []
         self.offers: list[Sequence[Record]] = []
+        self.presses = Pressure()
 
     async def find(self, *_) -> Collection:
         return COLLECTION
@@ -106,8 +108,14 @@ class Answers:
         self.grants.append(names)
         return [0 if name in self.taken else 7 for name in names]
 
-    async def offer(self, _: str, records: Sequence[Record], deadline_s: float) -> list[Outcome]:
+    async def pressure(self) -> Pressure:
+        return self.presses
+
+    async def offer(
+        self, sender: Sender, _: str, records: Sequence[Record], deadline_s: float
+    ) -> list[Outcome]:
         assert deadline_s > 0
+        assert sender == Sender("acme", 4.0)
         self.offers.append(records)
         words = self.parts.pop(0)
         if isinstance(words, Exception):
@@ -134,7 +142,7 @@ def flow(answers: Answers, clock) -> VectorFlow:
 
 async def write(answers: Answers, clock, count: int = 4):
     many = [sent(id=f"v{at}") for at in range(count)]
-    return await flow(answers, clock).write(None, "books", many)
+    return await flow(answers, clock).write(CALLER, "books", many)
 
 
 async def test_each_has_its_own_outcome_and_the_store_is_asked_once(clock):
@@ -166,7 +174,7 @@ async def test_a_fault_after_some_landed_befalls_the_rest_only(clock):
 
 async def test_nothing_is_asked_for_what_is_all_refused(clock):
     answers = Answers()
-    (result,) = await flow(answers, clock).write(None, "books", [BadInput("No.")])
+    (result,) = await flow(answers, clock).write(CALLER, "books", [BadInput("No.")])
     assert result.status == "failed"
     assert not answers.grants
 
@@ -176,3 +184,23 @@ async def test_the_number_of_vectors_is_bounded(clock):
         with pytest.raises(BadInput) as caught:
             await write(Answers(), clock, count)
         assert caught.value.param == "vectors"
+
+
+@pytest.mark.parametrize(
+    ("presses", "error", "wait_s"),
+    [
+        (Pressure(4.0, paused=True), IndexUnavailable, 4.0),
+        (Pressure(3.0), Overloaded, 3.0),
+        (Pressure(tenants={"acme": 2.0}), Overloaded, 2.0),
+    ],
+)
+async def test_what_could_not_land_takes_no_generation(clock, presses, error, wait_s):
+    answers = Answers()
+    answers.presses = presses
+    with pytest.raises(error) as caught:
+        await write(answers, clock)
+    assert caught.value.retry_after_s == wait_s
+    assert not answers.grants
+    answers.presses = Pressure(tenants={"other": 2.0})
+    answers.parts = [["landed"] * 2] * 2
+    assert {one.status for one in await write(answers, clock)} == {"indexed"}

@@ -87,7 +87,9 @@ async def done(items: Sequence[Item], _claim: Claim) -> list[Settlement]:
     return [Settlement(item.id, item.lease, "done") for item in items]
 
 
-def worker(shelf: Any, handler: Any = done, *, beats_s: float = 5.0, claims: int = 2) -> Runner:
+def worker(
+    shelf: Any, handler: Any = done, *, beats_s: float = 5.0, claims: int = 2, gate: Any = None
+) -> Runner:
     return Runner(
         shelf,
         {"document": handler, "delete": done},
@@ -95,6 +97,7 @@ def worker(shelf: Any, handler: Any = done, *, beats_s: float = 5.0, claims: int
         worker=Worker(claims_max=claims),
         rules=Jobs(heartbeat_s=beats_s),
         retries=Retries(60, 2, 600, random.Random(1)),  # noqa: S311 - not a secret
+        gates={"embed": gate} if gate else {},
     )
 
 
@@ -123,6 +126,41 @@ async def test_items_are_given_to_the_handler_of_their_task(shelf: Shelf):
         assert await shelf.words(4) == dict.fromkeys((1, 2, 3, 4), "done")
     assert sorted(seen) == [[1, 2], [3]]
     assert (runner.done.claimed, runner.done.settled, runner.done.lost) == (4, 4, 0)
+
+
+async def test_nothing_is_claimed_while_the_gate_of_its_stage_is_shut(shelf: Shelf):
+    waits, claimed = [0.001, 0.001, 0.0], []
+    claim = shelf.claim
+
+    async def gate() -> float:
+        return waits.pop(0) if waits else 0.0
+
+    async def noted(owner: str, stage: Any, *bounds: Any) -> Claim:
+        claimed.append((stage, len(waits)))
+        return await claim(owner, stage, *bounds)
+
+    shelf.claim = noted
+    shelf.put(1)
+    async with running(worker(shelf, claims=1, gate=gate)):
+        assert await shelf.words(1) == {1: "done"}
+    assert next(left for stage, left in claimed if stage == "embed") == 0
+    assert claimed[0][0] == "prepare"  # which has no gate
+
+
+async def test_a_worker_that_leaves_waits_for_no_gate(shelf: Shelf, monkeypatch):
+    monkeypatch.setattr(module, "GATE_S_MAX", 1000.0)
+    asked = asyncio.Event()
+
+    async def gate() -> float:
+        asked.set()
+        return 1000.0
+
+    runner = worker(shelf, gate=gate)
+    async with running(runner):
+        await asked.wait()
+        await runner.drain(50)
+    assert shelf.left == ["me"]
+    assert runner.done.claimed == 0
 
 
 async def test_what_a_handler_raises_befalls_all_its_items(shelf: Shelf):

@@ -16,11 +16,12 @@ from serve.index.errors import IndexOffline, IndexRetryable, RecordsRejected
 from serve.index.memory import MemoryIndex
 from serve.index.writer import Writer
 from serve.ports import Landed
-from serve.records import CollectionSpec, Outcome, Record, Tombstone
+from serve.records import CollectionSpec, Outcome, Record, Sender, Tombstone
 
 
 NS = "0" * 32
 OTHER = "1" * 32
+ME = Sender("me", 1.0)
 QUICK = BufferSettings(
     age_s_start=0.002, age_s_min=0.001, age_s_max=0.005, retry_s_max=0.002, pause_s=0.002
 )
@@ -100,7 +101,7 @@ class Bench:
         )
 
     async def land(self, *writes: Record | Tombstone, deadline_s: float = 5.0) -> list[str]:
-        outcomes = await self.writer.offer(NS, writes, deadline_s)
+        outcomes = await self.writer.offer(ME, NS, writes, deadline_s)
         return [outcome.word for outcome in outcomes]
 
     async def ids(self) -> set[str]:
@@ -163,7 +164,7 @@ async def test_callers_that_wait_together_share_a_flush(bench):
 
 async def test_rejections_come_back_with_their_reason(bench):
     bad = Record("bad", "d", 1, 0, np.zeros(2, np.float32))
-    good, refused = await bench.writer.offer(NS, [record("good"), bad], 5.0)
+    good, refused = await bench.writer.offer(ME, NS, [record("good"), bad], 5.0)
     assert good == Outcome("landed")
     assert refused.word == "rejected"
     assert "norm zero" in refused.reason
@@ -268,7 +269,7 @@ async def test_a_fenced_writer_gives_everything_back_and_ends():
     await bench.writer.ensure(CollectionSpec(OTHER, 2))
     running_ = asyncio.create_task(bench.writer.run())
     bench.index.gate.clear()
-    flying = asyncio.create_task(bench.writer.offer(OTHER, [record("x")], 5.0))
+    flying = asyncio.create_task(bench.writer.offer(ME, OTHER, [record("x")], 5.0))
     await bench.index.entered.wait()
     bench.fence.errors = [Fenced()]
     assert await bench.land(record("a"), record("b")) == ["released"] * 2
