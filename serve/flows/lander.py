@@ -1,12 +1,13 @@
 """Lands records of items in a collection, then removes the chunks that earlier versions had more."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 from serve.config import Settings
 from serve.errors import BadInput, IndexUnavailable, Internal, ServiceError
 from serve.flows.landing import chunk_id
+from serve.freshness import latest
 from serve.items import Item
 from serve.ports import Upserter
 from serve.records import Collection, Outcome, Record, Tombstone, Write
@@ -14,10 +15,26 @@ from serve.records import Collection, Outcome, Record, Tombstone, Write
 
 @dataclass(frozen=True, slots=True)
 class Landing:
-    """All records of one item's document. None of them: the document is deleted."""
+    """All records of one item's document. None of them: the document is deleted.
+
+    `accepted_at` as a record's.
+    """
 
     item: Item
     records: Sequence[Record]
+    accepted_at: float = 0.0
+
+
+Fates = Mapping[int, ServiceError | None]
+"""By item, of those that did not land: why; None: superseded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Landfall:
+    """What became of landings, and the token of all that has landed (see `records.Outcome`)."""
+
+    fates: Fates
+    token: int | None = None
 
 
 class Lander:
@@ -28,10 +45,8 @@ class Lander:
         self._items_max = settings.index.max_items
         self._deadline_s = settings.limits.bulk_deadline_s
 
-    async def land(
-        self, collection: Collection, landings: Sequence[Landing]
-    ) -> dict[int, ServiceError | None]:
-        """Land them; returns the items that did not, with why (None: superseded).
+    async def land(self, collection: Collection, landings: Sequence[Landing]) -> Landfall:
+        """Land them.
 
         Raises Overloaded, TooLarge, Internal, and IndexUnavailable, also where writes came back
         untried: then all of it can be repeated.
@@ -47,16 +62,20 @@ class Lander:
                 fates.setdefault(item, BadInput(f"The index refused it: {outcome.reason}"))
         stale = (
             Tombstone(
-                chunk_id(collection, one.item.name, ordinal), one.item.name, one.item.generation
+                chunk_id(collection, one.item.name, ordinal),
+                one.item.name,
+                one.item.generation,
+                one.accepted_at,
             )
             for one in landings
             if one.item.id not in fates
             for ordinal in range(len(one.records), one.item.chunks_max)
         )
-        for outcome in await self._offer(collection, stale):
+        removed = await self._offer(collection, stale)
+        for outcome in removed:
             if outcome.word == "rejected":
                 raise Internal(f"The index refused a delete: {outcome.reason}")
-        return fates
+        return Landfall(fates, latest(outcome.token for outcome in (*outcomes, *removed)))
 
     async def _offer(self, collection: Collection, writes: Iterable[Write]) -> list[Outcome]:
         """Raises IndexUnavailable when the writer gave some back: it leaves, or ran out of time."""

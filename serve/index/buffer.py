@@ -25,6 +25,7 @@ from serve.index.errors import (
     RecordsRejected,
 )
 from serve.index.lanes import Batch, Entry, Lane, Part, size_bytes
+from serve.index.probes import token_of
 from serve.ports import Capabilities, Landed
 from serve.records import Outcome, Write
 
@@ -38,7 +39,6 @@ RATE_WEIGHT = 0.2
 RETRY_AFTER_S_MIN = 0.1
 RETRY_AFTER_S_UNKNOWN = 1.0
 
-LANDED = Outcome("landed")
 SUPERSEDED = Outcome("superseded")
 RELEASED = Outcome("released")
 
@@ -142,9 +142,10 @@ class Buffer:
         if part.entries:
             self._learn(lane, part, now)
         reasons = dict(landed.rejected)
+        took = Outcome("landed", token=token_of(self._caps, landed))
         for entry in part.entries:
             reason = reasons.get(entry.write.id)
-            outcome = LANDED if reason is None else Outcome("rejected", reason)
+            outcome = took if reason is None else Outcome("rejected", reason)
             self._answer(lane, entry, outcome)
         self._touch(lane)
 
