@@ -32,6 +32,7 @@ from serve.errors import (
     ModelUnavailable,
     Overloaded,
 )
+from serve.freshness import Lag
 from serve.grants import Draw, Grant, Return
 from serve.ports import Embedder, Ledger, Queues, Upserter
 from serve.records import (
@@ -45,6 +46,9 @@ from serve.records import (
 
 
 ADDRESSES_S_MAX = 5.0
+
+LAG_S_MAX = 2.0
+"""Who asks for figures can do without this one."""
 
 
 class UpserterPort(Upserter):
@@ -71,6 +75,10 @@ class UpserterPort(Upserter):
     async def drop(self, ns: str) -> None:
         """See Upserter. Waits for a restart: 20 s more than a short call."""
         await self._named.call("drop", ns, timeout_s=self._timeout_s + 20)
+
+    async def lag(self, namespaces: Sequence[str]) -> Lag:
+        """See Upserter. Does not wait for a restart."""
+        return cast("Lag", await self._named.ask("lag", namespaces, timeout_s=LAG_S_MAX))
 
 
 class LedgerPort(Ledger, Queues):
