@@ -81,7 +81,7 @@ def settle(
         del rows[one.item]
         changes.append(_settled(row, book[row.job], one, attempts_max, now))
         efforts.add(book[row.job].tenant, row, one.word)
-        _reach(reached, book[row.job], one.token)
+        _reach(book, reached, book[row.job], one.token)
         if one.chunks is not None and one.word in ("done", "advance"):
             (landed if one.word == "done" else widened).append((row, one.chunks))
     _widen(book, widened)
@@ -274,14 +274,16 @@ def _land(book: Book, landed: Sequence[tuple[Any, int]]) -> None:
         generations.settle(book.conn, collection, versions, book.now)
 
 
-def _reach(reached: dict[str, int], job: Job, token: int | None) -> None:
+def _reach(book: Book, reached: dict[str, int], job: Job, token: int | None) -> None:
     """A write of a job has landed there. A collection's token stands for the documents that it holds, so
-    it leaves out writes of which there is no proof.
+    it leaves out writes of which there is no proof; one that is gone has none any more.
     """
-    if token is not None:
-        reached[job.id] = max(token, reached.get(job.id, 0))
-    if token is not None and token != UNPROVED and job.collection:
-        reached[job.collection] = max(token, reached.get(job.collection, 0))
+    if token is None:
+        return
+    reached[job.id] = max(token, reached.get(job.id, 0))
+    here = job.collection
+    if token != UNPROVED and (here in reached or generations.is_live(book.conn, here)):
+        reached[here] = max(token, reached.get(here, 0))
 
 
 def _widen(book: Book, widened: Sequence[tuple[Any, int]]) -> None:

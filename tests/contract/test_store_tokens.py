@@ -5,6 +5,7 @@ import pytest
 from serve.config import Store as StoreSettings
 from serve.freshness import UNPROVED
 from serve.items import Settlement
+from serve.jobs import tokens
 from serve.jobs.owner import StoreOwner
 from tests.contract.work import document, job, op, submitted, tenant
 
@@ -80,8 +81,19 @@ async def test_a_token_goes_with_its_job_and_its_collection(store):
         pass
     await store.submit_job(op(), job(id=job_id, collection=uuid), [document("b")])
     assert await token(store, job_id) is None
+
+
+async def test_a_collection_that_is_gone_has_no_token(store):
+    uuid = await tenant(store)
+    job_id = await submitted(store, [document("a"), document("b")], collection=uuid)
+    first, second = await prepared(store, job_id)
+    await land(store, [first], 7)
     await store.delete_collection(op(), "acme", "docs")
     await store.purge_collection(uuid)
+    await land(store, [second], 8)  # a worker was at it
+    assert await token(store, job_id) == 8
+    found = await store._do(lambda conn, _: tokens.find(conn, uuid))
+    assert found is None
 
 
 async def test_an_old_job_is_forgotten_with_its_token(store, clock):
