@@ -32,6 +32,7 @@ from serve.errors import (
     ModelUnavailable,
     Overloaded,
 )
+from serve.freshness import Lag
 from serve.grants import Draw, Grant, Return
 from serve.ports import Embedder, Ledger, Queues, Upserter
 from serve.records import (
@@ -50,6 +51,9 @@ ADDRESSES_S_MAX = 5.0
 PRESSURE_S_MAX = 2.0
 PRESSURE_KEPT_S = 0.25
 """Each item of a claim asks: so long an answer counts for all of them."""
+
+LAG_S_MAX = 2.0
+"""Who asks for figures can do without this one."""
 
 
 class UpserterPort(Upserter):
@@ -95,6 +99,10 @@ class UpserterPort(Upserter):
     async def drop(self, ns: str) -> None:
         """See Upserter. Waits for a restart: 20 s more than a short call."""
         await self._named.call("drop", ns, timeout_s=self._timeout_s + 20)
+
+    async def lag(self, namespaces: Sequence[str]) -> Lag:
+        """See Upserter. Does not wait for a restart."""
+        return cast("Lag", await self._named.ask("lag", namespaces, timeout_s=LAG_S_MAX))
 
 
 class LedgerPort(Ledger, Queues):

@@ -37,12 +37,14 @@ from serve.flows.ingest import IngestFlow
 from serve.flows.jobs import JobFlow
 from serve.flows.models import Models
 from serve.flows.operators import OperatorFlow
+from serve.flows.receipts import ReceiptFlow
 from serve.flows.room import away_s
 from serve.flows.search import SearchFlow
 from serve.flows.streams import Streams
 from serve.flows.usage import UsageFlow
 from serve.flows.vectors import VectorFlow
 from serve.flows.webhooks import WebhookFlow
+from serve.index.probes import Probes
 from serve.ports import Index, Upserter
 
 
@@ -82,17 +84,19 @@ class Ingress:
         self._quotas = open_quotas(settings, self._store, replica, settings.ingress.replicas)
         self._feed = Feed(self._store, time.monotonic)
         index = make_index(settings)
+        self._probes = Probes(index, settings.index.probe_s)
         self.service = self._wire(settings, index)
         self._tasks = [
             asyncio.create_task(self._quotas.run()),
             asyncio.create_task(self._feed.run()),
+            asyncio.create_task(self._probes.run()),
             asyncio.create_task(publish(self._quotas, self.service.embed.reuse)),
             *(asyncio.create_task(one.run()) for one in self._embedders.values()),
             asyncio.create_task(self._warm(index)),
         ]
 
-    def _wire(self, settings: Settings, index: Index) -> Service:
-        context = Context(
+    def _context(self, settings: Settings) -> Context:
+        return Context(
             settings,
             Models.open(settings, self._embedders),
             self._quotas,
@@ -100,9 +104,13 @@ class Ingress:
             time.monotonic,
             time.time,
         )
+
+    def _wire(self, settings: Settings, index: Index) -> Service:
+        context = self._context(settings)
         embed = EmbedFlow(context, kept_bytes_max=settings.cache.bytes_max)
         collections = CollectionFlow(context, self._store, self._upserter)
-        ingest = IngestFlow(context, collections, self._store, self._feed)
+        ingest = IngestFlow(context, collections, self._store, self._feed, self._probes)
+        receipts = ReceiptFlow(context, collections, self._store, self._feed, self._probes)
         queues = LedgerPort(settings)
         blobs = LocalBlobs(Path(settings.data_dir) / settings.files.folder)
         files = FileFlow(context, self._store, blobs)
@@ -112,7 +120,8 @@ class Ingress:
             embed,
             collections,
             ingest,
-            SearchFlow(context, collections, embed, index),
+            receipts,
+            SearchFlow(context, collections, embed, index, receipts),
             VectorFlow(
                 context,
                 collections,
@@ -120,6 +129,7 @@ class Ingress:
                 upserter=self._upserter,
                 index=index,
                 ingest=ingest,
+                probes=self._probes,
             ),
             ExportFlow(context, collections, index),
             OperatorFlow(settings, self._store, self._store, time.time),

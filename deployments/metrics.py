@@ -1,4 +1,5 @@
-"""What an ingress replica does with quotas and with repeated inputs, as metrics on Ray's Prometheus port.
+"""What an ingress replica does with quotas and with repeated inputs, and how soon the writer's writes are
+found, as metrics on Ray's Prometheus port.
 
 They are exported as `ray_<name>`, counters with `_total`. No tenant is a label: there is no bound
 to their number.
@@ -7,14 +8,18 @@ to their number.
 import asyncio
 from collections import Counter as Counts
 
-from ray.util.metrics import Counter, Gauge
+from ray.util.metrics import Counter, Gauge, Histogram
 
 from serve.admission.quotas import Quotas
 from serve.flows.reuse import Reuse
+from serve.index.lags import Lags
 
 
 PUBLISH_EVERY_S = 5.0
 """Ray itself exports every 10 s."""
+
+LAG_S = [0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0]
+"""A trickle takes half a second, a large import hours."""
 
 
 class Rising:
@@ -83,6 +88,37 @@ class CacheMetrics:
         self._shared.follow(reuse.tally.shared)
         self._evicted.follow(reuse.cache.evicted)
         self._bytes.set(float(reuse.cache.size_bytes))
+
+
+class LagMetrics:
+    """How long writes took from accepted: until the index had them, until searches saw them."""
+
+    def __init__(self) -> None:
+        self._histograms = {
+            "indexed": Histogram(
+                "headrace_lag_indexed_seconds",
+                "From accepted to indexed, by landing.",
+                boundaries=LAG_S,
+            ),
+            "searchable": Histogram(
+                "headrace_lag_searchable_seconds",
+                "From accepted to searchable, by landing.",
+                boundaries=LAG_S,
+            ),
+        }
+
+    def update(self, lags: Lags) -> None:
+        """Count what came since the last time."""
+        for reached, seconds in lags.take():
+            self._histograms[reached].observe(seconds)
+
+
+async def publish_lags(lags: Lags) -> None:
+    """Keep the histograms up to date until cancelled."""
+    metrics = LagMetrics()
+    while True:
+        metrics.update(lags)
+        await asyncio.sleep(PUBLISH_EVERY_S)
 
 
 async def publish(quotas: Quotas, reuse: Reuse | None) -> None:

@@ -18,9 +18,13 @@ from deployments.actors import (
     watch,
 )
 from deployments.indexes import make_index
+from deployments.metrics import publish_lags
 from deployments.stores import Store, close_store, open_store
 from serve.config import Settings
 from serve.errors import IndexUnavailable, Overloaded, StoreUnavailable
+from serve.freshness import Lag
+from serve.index.lags import Lags, TimedWriter
+from serve.index.probes import Probes
 from serve.index.writer import Writer
 from serve.ports import Index
 from serve.records import CollectionSpec, Outcome, Pressure, Sender, Write
@@ -54,7 +58,14 @@ class UpserterActor:
             clock=time.monotonic,
             rng=random.Random(),  # noqa: S311  jitter, not a secret
         )
+        probes = Probes(index, settings.index.probe_s)
+        lags = Lags(probes, time.time)
+        self._timed = TimedWriter(self._writer, lags)
         self._running = asyncio.create_task(self._writer.run())
+        self._beside = [
+            asyncio.create_task(probes.run()),
+            asyncio.create_task(publish_lags(lags)),
+        ]
         self._watch = asyncio.create_task(
             watch(self._state, self.retire, grace_s=settings.actors.orphan_grace_s)
         )
@@ -64,7 +75,8 @@ class UpserterActor:
             return "leaving"
         if self._writer.fenced:
             return "replaced"
-        return "failed" if ended(self._running) else "works"
+        tasks = (self._running, *self._beside)
+        return "failed" if any(ended(task) for task in tasks) else "works"
 
     async def ready(self) -> bool:
         """Whether it takes offers."""
@@ -74,19 +86,23 @@ class UpserterActor:
         self, sender: Sender, ns: str, writes: Sequence[Write], deadline_s: float
     ) -> tuple[Outcome, ...]:
         """See `serve.ports.Upserter`."""
-        return await self._writer.offer(sender, ns, writes, deadline_s)
+        return await self._timed.offer(sender, ns, writes, deadline_s)
 
     async def pressure(self) -> Pressure:
         """See `serve.ports.Upserter`."""
-        return await self._writer.pressure()
+        return await self._timed.pressure()
 
     async def ensure(self, spec: CollectionSpec) -> None:
         """See `serve.ports.Upserter`."""
-        await self._writer.ensure(spec)
+        await self._timed.ensure(spec)
 
     async def drop(self, ns: str) -> None:
         """See `serve.ports.Upserter`."""
-        await self._writer.drop(ns)
+        await self._timed.drop(ns)
+
+    async def lag(self, namespaces: Sequence[str]) -> Lag:
+        """See `serve.ports.Upserter`."""
+        return await self._timed.lag(namespaces)
 
     async def stats(self) -> dict[str, float]:
         """Depth, age and counts of the buffer."""

@@ -258,6 +258,7 @@ class Settlement:
         result: what its tenant may know of it; empty: what was there before stays.
         chunks: of a document write: how many the index now holds of it (`done`), or is about to
             (`advance`).
+        token: of what it has landed, see `records.Outcome`.
     """
 
     item: int
@@ -271,6 +272,7 @@ class Settlement:
     stage: Stage = "embed"
     cost: float = 0.0
     payload: Mapping[str, Any] | None = None
+    token: int | None = None
 
 
 Change = Literal["cancel", "pause", "resume"]
@@ -352,10 +354,11 @@ class StageCount:
 
 @dataclass(frozen=True, slots=True)
 class JobView:
-    """A job with its counts by stage."""
+    """A job with its counts by stage, and the token of what it has landed, see `records.Outcome`."""
 
     job: Job
     counts: Sequence[StageCount] = ()
+    token: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

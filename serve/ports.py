@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from serve.freshness import Lag
 from serve.grants import Draw, Grant, Return
 from serve.records import (
     AuditEntry,
@@ -99,7 +100,8 @@ class Capabilities:
 class Landed:
     """What a bulk write did: `rejected` pairs record ids with reasons; the rest landed.
 
-    `token` is the backend's freshness token, where it has one.
+    `token` is the backend's freshness token, where it has one: a decimal number, the higher the later
+    the write among those of the namespace.
     """
 
     rejected: tuple[tuple[str, str], ...] = ()
@@ -208,6 +210,10 @@ class Upserter(Protocol):
 
     async def drop(self, ns: str) -> None:
         """Forget a namespace: its waiting writes are released, its records removed."""
+        ...
+
+    async def lag(self, namespaces: Sequence[str]) -> Lag:
+        """How long the last landings in these namespaces took, all together."""
         ...
 
 

@@ -271,7 +271,8 @@ class DocumentVersion:
 class Record:
     """One vector on its way into the index, and back.
 
-    `metadata` is the user's own; `text`, `start`, `end` and `ordinal` are the chunk's.
+    `metadata` is the user's own; `text`, `start`, `end` and `ordinal` are the chunk's. `accepted_at` is
+    when the Store accepted the write, in epoch seconds of its clock; 0: not known, or on the way back.
     """
 
     id: str
@@ -283,15 +284,20 @@ class Record:
     start: int = 0
     end: int = 0
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    accepted_at: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Tombstone:
-    """Deletes the record `id` unless the index holds a generation above `generation`."""
+    """Deletes the record `id` unless the index holds a generation above `generation`.
+
+    `accepted_at` as a record's.
+    """
 
     id: str
     document: str
     generation: int
+    accepted_at: float = field(default=0.0, compare=False)
 
 
 Write = Record | Tombstone
@@ -330,10 +336,14 @@ class Outcome:
     landed: the index returned. rejected: the index refuses this record for good (`reason`).
     superseded: a newer accepted write of the document exists. released: given back unwritten
     (shutdown, fencing, deadline); the caller still owns it.
+
+    `token` is set when it has landed in an index whose searches lag behind: its place in the log of
+    the namespace's writes, which rises, or `freshness.UNPROVED`. None: searches see it.
     """
 
     word: OutcomeWord
     reason: str = ""
+    token: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from serve.api.shapes import DocumentsAccepted, DocumentsWritten
 from serve.api.wire import Body, documented, read, reply
 from serve.content.documents import Document, check_id
 from serve.errors import BadInput
-from serve.flows.ingest import MORE, DocumentResult, Level, Taken, Terms
+from serve.flows.ingest import MORE, DocumentResult, Taken, Terms
+from serve.freshness import Level
 
 
 router = APIRouter()
@@ -68,9 +69,10 @@ WAIT_PARAMETER: dict[str, Any] = {
     "name": "wait",
     "in": "query",
     "required": False,
-    "description": "Answer when the documents are `accepted`, safe in the Store, or when they are "
-    "`indexed`, if that is before the deadline. A write of more than `jobs.background_items` "
-    "documents waits for the first only, unless told otherwise; all else for the second.",
+    "description": "Answer when the documents are `accepted`, safe in the Store, when they are "
+    "`indexed`, or when they are `searchable`, if that is before the deadline: the answer tells how far "
+    "they are. A write of more than `jobs.background_items` documents waits for the first only, unless "
+    "told otherwise; all else for the second. Raw vectors are never answered before that.",
     "schema": {"type": "string", "enum": list(get_args(Level))},
 }
 ACCEPTED: dict[int | str, dict[str, Any]] = {202: {"model": DocumentsAccepted}}
@@ -118,11 +120,16 @@ def once_each(ask: Ask, ids: Sequence[str]) -> list[str]:
 
 def terms(ask: Ask, body: Body, priority: int = 50) -> Terms:
     """What the request says of how it is to be done. Raises BadInput."""
+    kept_s = ask.service.context.settings.jobs.idempotency_kept_s
+    return Terms(wait_of(ask), ask.until, once(ask.request, body, kept_s), priority)
+
+
+def wait_of(ask: Ask) -> Level | None:
+    """How far the request waits, where it says so. Raises BadInput."""
     wait = ask.request.query_params.get("wait")
     if wait is not None and wait not in get_args(Level):
-        raise BadInput("wait must be `accepted` or `indexed`.", param="wait")
-    kept_s = ask.service.context.settings.jobs.idempotency_kept_s
-    return Terms(cast("Level | None", wait), ask.until, once(ask.request, body, kept_s), priority)
+        raise BadInput("wait must be `accepted`, `indexed` or `searchable`.", param="wait")
+    return cast("Level | None", wait)
 
 
 def answer(taken: Taken) -> Response:

@@ -124,7 +124,9 @@ async def _repeated(ask: Ask, until: float) -> AsyncGenerator[bytes, None]:
 
 
 async def _stats(ask: Ask) -> dict[str, Any]:
-    return {"object": "stats", **asdict(await ask.service.jobs.stats(ask.who))}
+    stats = await ask.service.jobs.stats(ask.who)
+    lag = await ask.service.collections.lag(ask.who)
+    return {"object": "stats", **asdict(stats), "lag": None if lag is None else asdict(lag)}
 
 
 def _after(request: Request) -> int | None:

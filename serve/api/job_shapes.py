@@ -132,8 +132,27 @@ class OperationsShown(Shape):
     data: list[OperationShown]
 
 
+class SpreadShown(Shape):
+    """Median and 95th percentile, in seconds."""
+
+    p50_s: float
+    p95_s: float
+
+
+class LagShown(Shape):
+    """How long the tenant's last landings took from accepted to indexed, and to searchable; a landing is
+    what a worker writes at once, of one job. Null: none is known.
+    """
+
+    landings: int
+    indexed: SpreadShown | None
+    searchable: SpreadShown | None
+
+
 class StatsShown(Shape):
-    """The tenant's items by how far they are; `uploaded` have not begun."""
+    """The tenant's items by how far they are; `uploaded` have not begun. `lag` is null while the writer
+    does not answer.
+    """
 
     object: Literal["stats"]
     total: int
@@ -144,6 +163,7 @@ class StatsShown(Shape):
     ready: int
     failed: int
     cancelled: int
+    lag: LagShown | None
 
 
 def job_shown(seen: JobSeen) -> dict[str, Any]:

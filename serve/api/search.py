@@ -3,11 +3,11 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Response
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from serve.api.service import DEADLINE_PARAMETER, Asked
 from serve.api.shapes import SearchList
-from serve.api.wire import Body, documented, read, reply
+from serve.api.wire import Body, Id, documented, read, reply
 from serve.errors import BadInput
 from serve.flows.search import SearchRequest
 from serve.records import Hit
@@ -15,11 +15,20 @@ from serve.records import Hit
 
 router = APIRouter()
 
+AFTER_MAX = 16
+"""Receipts of one search: each costs a look into the Store."""
+
+_ID = {"type": "string", "minLength": 1, "maxLength": 128}
+ONE_OR_MORE = {
+    "anyOf": [_ID, {"type": "array", "items": _ID, "minItems": 1, "maxItems": AFTER_MAX}]
+}
+
 
 class SearchBody(Body):
     """What to look for: exactly one of `text` and `vector`.
 
-    `filter` is Mongo-like: `{"year": {"$gte": 1990}, "kind": "entry"}`.
+    `filter` is Mongo-like: `{"year": {"$gte": 1990}, "kind": "entry"}`. `after` is the id of a receipt, or
+    a list of them: the search waits, until the deadline, until it sees those writes.
     """
 
     model_config = ConfigDict(
@@ -32,6 +41,12 @@ class SearchBody(Body):
     ) = None
     top_k: Annotated[int, Field(ge=1)] = 10
     filter: dict[str, Any] | None = None
+    after: Annotated[
+        list[Id],
+        Field(min_length=1, max_length=AFTER_MAX),
+        BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+        WithJsonSchema(ONE_OR_MORE),
+    ] = Field(default_factory=list)
 
 
 @router.post(
@@ -44,7 +59,7 @@ async def search(name: str, ask: Asked) -> Response:
     body = await read(ask.request, SearchBody)
     if (body.text is None) == (body.vector is None):
         raise BadInput("Send exactly one of text and vector.", param="text")
-    wanted = SearchRequest(body.text, body.vector, body.top_k, body.filter)
+    wanted = SearchRequest(body.text, body.vector, body.top_k, body.filter, body.after)
     found = await ask.service.search.search(ask.who, name, wanted, ask.id, until=ask.until)
     ask.timed(found.timing)
     return reply(

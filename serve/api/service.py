@@ -25,6 +25,7 @@ from serve.flows.files import FileFlow
 from serve.flows.ingest import IngestFlow
 from serve.flows.jobs import JobFlow
 from serve.flows.operators import OperatorFlow
+from serve.flows.receipts import ReceiptFlow
 from serve.flows.search import SearchFlow
 from serve.flows.streams import Streams
 from serve.flows.usage import UsageFlow
@@ -42,6 +43,7 @@ class Service:
     embed: EmbedFlow
     collections: CollectionFlow
     ingest: IngestFlow
+    receipts: ReceiptFlow
     search: SearchFlow
     vectors: VectorFlow
     exports: ExportFlow

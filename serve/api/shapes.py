@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from serve.freshness import Level
+
 
 class Shape(BaseModel):
     """A JSON object of exactly these fields; those with a default may be absent."""
@@ -149,12 +151,14 @@ class IngestUsage(Shape):
 
 
 class Receipt(Shape):
-    """Proof of a write. accepted: it is durable. indexed: what could be written is in the index."""
+    """Proof of a write. accepted: it is durable. indexed: what could be written is in the index.
+    searchable: searches see it. There is no job of raw vectors.
+    """
 
     object: Literal["receipt"]
     id: str
-    job: str
-    level: Literal["accepted", "indexed"]
+    job: str | None
+    level: Level
     documents: int
     status_url: str
 

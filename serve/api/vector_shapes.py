@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from serve.api.shapes import Problem, Shape
+from serve.api.shapes import Problem, Receipt, Shape
 
 
 class VectorWritten(Shape):
@@ -18,11 +18,12 @@ class VectorWritten(Shape):
 
 
 class VectorsWritten(Shape):
-    """One result a vector, in their order."""
+    """One result a vector, in their order. `receipt` is null where none has landed."""
 
     object: Literal["list"]
     data: list[VectorWritten]
     failed: int
+    receipt: Receipt | None
 
 
 class VectorShown(Shape):

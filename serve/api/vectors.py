@@ -10,11 +10,14 @@ from serve.api.documents import (
     LIST_MAX,
     METADATA_VALUE,
     PARAMETERS,
+    WAIT_PARAMETER,
     answer,
     once_each,
     terms,
+    wait_of,
 )
 from serve.api.problems import problem_body
+from serve.api.receipts import raw_receipt
 from serve.api.service import DEADLINE_PARAMETER, Asked
 from serve.api.shapes import DocumentsWritten
 from serve.api.vector_shapes import VectorList, VectorsWritten
@@ -96,20 +99,25 @@ class FetchBody(Body):
 
 @router.post(
     "/v1/collections/{name}/vectors",
-    openapi_extra=documented(VectorsBody, DEADLINE_PARAMETER),
+    openapi_extra=documented(VectorsBody, WAIT_PARAMETER, DEADLINE_PARAMETER),
     responses={200: {"model": VectorsWritten}, 207: {"model": VectorsWritten}},
 )
 async def write_vectors(name: str, ask: Asked) -> Response:
-    """Put vectors into the index; answered when they can be found.
+    """Put vectors into the index; answered when it has them.
 
     200 when all are there, 207 when some failed: each vector has its own status.
     """
     body = await read(ask.request, VectorsBody)
     sent = [_sent(one, at) for at, one in enumerate(body.vectors)]
-    results = await ask.service.vectors.write(ask.who, name, sent, ask.until)
-    failed = sum(result.status == "failed" for result in results)
-    shown = [_shown(one, result) for one, result in zip(body.vectors, results, strict=True)]
-    return reply({"object": "list", "data": shown, "failed": failed}, 207 if failed else 200)
+    written = await ask.service.vectors.write(ask.who, name, sent, ask.until, wait_of(ask))
+    failed = sum(result.status == "failed" for result in written.results)
+    shown = {
+        "object": "list",
+        "data": [_shown(*each) for each in zip(body.vectors, written.results, strict=True)],
+        "failed": failed,
+        "receipt": written.receipt and raw_receipt(written.receipt, written.level),
+    }
+    return reply(shown, 207 if failed else 200)
 
 
 @router.post(

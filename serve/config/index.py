@@ -185,6 +185,13 @@ class Index(Section):
         8 * 2**20, ge=1024, le=2**30, description="Estimated bytes of one bulk upsert."
     )
     max_dim: int = Field(20_000, ge=1, le=100_000, description="Longest vector it takes.")
+    probe_s: float = Field(
+        0.5,
+        gt=0,
+        le=60,
+        description="How often an index whose searches lag behind its writes is asked how far they see, "
+        "per collection that somebody waits for, and process.",
+    )
     pgvector: Pgvector = Field(
         default=Pgvector(), description="With `backend: pgvector`: Postgres as the index."
     )

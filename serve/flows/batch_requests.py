@@ -177,8 +177,8 @@ class RequestWork:
             if isinstance(done, Embedded) and not line.item.superseded:
                 made = records(collection, _prepared(line), line.item.generation, done.vectors)
                 landings.append(Landing(line.item, made))
-        refused = await tried(lambda: self._lander.land(sender_of(job), collection, landings))
-        return {item: error for item, error in refused.items() if error is not None}
+        landfall = await tried(lambda: self._lander.land(sender_of(job), collection, landings))
+        return {item: error for item, error in landfall.fates.items() if error is not None}
 
     async def _written(
         self, job: Job, group: Sequence[Line], fates: Mapping[int, Fate]

@@ -8,6 +8,8 @@ from contextlib import AbstractAsyncContextManager
 from serve.admission.quotas import Permit
 from serve.errors import BadInput, Conflict, NotFound, QuotaExceeded, ServiceError
 from serve.flows.context import Context, new_op
+from serve.flows.kept import Kept
+from serve.freshness import Lag
 from serve.ports import Collections, Upserter
 from serve.records import Caller, Collection, CollectionSpec
 
@@ -29,6 +31,7 @@ class CollectionFlow:
         self._wall = context.wall
         self._store = store
         self._upserter = upserter
+        self._lags = Kept[Lag](context.clock, context.settings.jobs.stats_s)
 
     async def create(self, caller: Caller, name: str, model: str | None) -> Collection:
         """Make a collection for a model (the first served one unless named).
@@ -77,6 +80,11 @@ class CollectionFlow:
             raise _unknown(name)
         return collection
 
+    async def name_of(self, caller: Caller, uuid: str) -> str | None:
+        """What the caller's collection with this uuid is called."""
+        mine = await self._store.list_collections(caller.tenant)
+        return next((one.name for one in mine if one.uuid == uuid), None)
+
     async def list(self, caller: Caller) -> Sequence[Collection]:
         """The caller's collections, by name."""
         async with self._charged(caller):
@@ -98,6 +106,22 @@ class CollectionFlow:
         except ServiceError as error:
             log.warning("collection %s is deleted but not yet dropped: %s", gone.uuid, error)
         return gone
+
+    async def lag(self, caller: Caller) -> Lag | None:
+        """Of the last landings in the caller's collections, up to `jobs.stats_s` old; free.
+
+        None: the writer does not answer.
+        """
+        tenant = caller.tenant
+        try:
+            return await self._lags.get((tenant,), lambda: self._lag(tenant))
+        except ServiceError as error:
+            log.warning("the lag of landings is not known here: %s", error)
+            return None
+
+    async def _lag(self, tenant: str) -> Lag:
+        mine = await self._store.list_collections(tenant)
+        return await self._upserter.lag([one.uuid for one in mine])
 
     def _charged(self, caller: Caller) -> AbstractAsyncContextManager[Permit]:
         return self._quotas.admitted(caller, "interactive", tokens=0)

@@ -27,7 +27,7 @@ from serve.flows.bulk import (
 )
 from serve.flows.context import Context
 from serve.flows.embed import EmbedFlow
-from serve.flows.lander import Lander, Landing, sender_of
+from serve.flows.lander import Lander, Landfall, Landing, sender_of
 from serve.flows.landing import Prepared, prepare, records
 from serve.flows.models import Served
 from serve.items import Claim, Item, Job, Settlement, Task
@@ -56,10 +56,6 @@ class Cut(Part):
     """A document of a job, cut into chunks."""
 
     one: Prepared
-
-
-Fates = Mapping[int, ServiceError | None]
-"""By item, of those that did not land: why; None: superseded."""
 
 
 class DocumentWork:
@@ -167,37 +163,46 @@ class DocumentWork:
             target.caller, target.job.klass, tokens=tokens, requests=0, param="documents"
         )
         async with charged as permit:
-            fates = await self._landed(target, group)
-            self._quotas.settle(permit, tokens=paid(group, fates))
-        return [self._settled(cut, fates) for cut in group]
+            landfall = await self._landed(target, group)
+            self._quotas.settle(permit, tokens=paid(group, landfall.fates))
+        return [self._settled(cut, landfall) for cut in group]
 
-    async def _landed(self, target: Target, group: Sequence[Cut]) -> Fates:
+    async def _landed(self, target: Target, group: Sequence[Cut]) -> Landfall:
         """Embed a group, land its records, then remove stale chunks."""
         work = work_of(self._settings.limits, target.caller, target.job, target.job.id)
         ids = [row for cut in group for row in cut.ids]
         reply = await tried(lambda: self._embed.run(work, target.served, ids))
         fates: dict[int, ServiceError | None] = {}
         landings: list[Landing] = []
+        since = target.job.created_at
         for cut, vectors, failures in rows_of(group, reply):
             item = cut.item
             if failures:
                 fates[item.id] = failures[0][1]
             else:
-                made = records(target.collection, cut.one, item.generation, vectors)
-                landings.append(Landing(item, made))
-        return fates | await tried(
+                made = records(
+                    target.collection, cut.one, item.generation, vectors, accepted_at=since
+                )
+                landings.append(Landing(item, made, since))
+        landfall = await tried(
             lambda: self._lander.land(sender_of(target.job), target.collection, landings)
         )
+        return Landfall({**fates, **landfall.fates}, landfall.token)
 
-    def _settled(self, cut: Cut, fates: Fates) -> Settlement:
+    def _settled(self, cut: Cut, landfall: Landfall) -> Settlement:
         item, one = cut.item, cut.one
-        if item.id not in fates:
+        if item.id not in landfall.fates:
             chunks = len(one.chunks)
-            result = {"status": "indexed", "chunks": chunks}
             return Settlement(
-                item.id, item.lease, "done", tokens=one.tokens, result=result, chunks=chunks
+                item.id,
+                item.lease,
+                "done",
+                tokens=one.tokens,
+                result={"status": "indexed", "chunks": chunks},
+                chunks=chunks,
+                token=landfall.token,
             )
-        fate = fates[item.id]
+        fate = landfall.fates[item.id]
         return _superseded(item) if fate is None else self._failed(item, fate)
 
     # --- delete -------------------------------------------------------------------------------
@@ -206,8 +211,8 @@ class DocumentWork:
         job = claim.jobs[items[0].job]
         await self._lander.hold(sender_of(job))
         collection = claim.collections[job.collection]
-        landings = [Landing(item, ()) for item in items]
-        await tried(lambda: self._lander.land(sender_of(job), collection, landings))
+        landings = [Landing(item, (), job.created_at) for item in items]
+        landfall = await tried(lambda: self._lander.land(sender_of(job), collection, landings))
         return [
             Settlement(
                 item.id,
@@ -215,6 +220,7 @@ class DocumentWork:
                 "done",
                 result={"status": "deleted" if item.payload.get("existed") else "absent"},
                 chunks=0,
+                token=landfall.token,
             )
             for item in items
         ]

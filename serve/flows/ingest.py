@@ -20,13 +20,12 @@ from serve.flows.context import Context, new_op, within
 from serve.flows.feed import Feed, Watch
 from serve.flows.items import delete_item, document_item
 from serve.flows.models import Served
+from serve.freshness import Level
+from serve.index.probes import Probes
 from serve.items import ENDS, ItemView, Job, NewItem, Once, new_id
 from serve.job_ports import Jobs
 from serve.records import Caller, Collection
 
-
-Level = Literal["accepted", "indexed"]
-"""accepted: in the Store. indexed: all of it has ended, what could be written is in the index."""
 
 Status = Literal[
     "indexed",
@@ -105,7 +104,12 @@ class IngestFlow:
     """
 
     def __init__(
-        self, context: Context, collections: CollectionFlow, jobs: Jobs, feed: Feed
+        self,
+        context: Context,
+        collections: CollectionFlow,
+        jobs: Jobs,
+        feed: Feed,
+        probes: Probes,
     ) -> None:
         self._settings = context.settings
         self._models = context.models
@@ -116,6 +120,7 @@ class IngestFlow:
         self._collections = collections
         self._jobs = jobs
         self._feed = feed
+        self._probes = probes
 
     async def write(
         self, caller: Caller, name: str, documents: Sequence[Document], terms: Terms
@@ -219,12 +224,13 @@ class IngestFlow:
         """
         if level == "accepted":
             return taken
-        waits_s = self._settings.limits.bulk_deadline_s if until is None else until - self._clock()
+        if until is None:
+            until = self._clock() + self._settings.limits.bulk_deadline_s
         try:
             if watch is not None and not taken.replayed:
-                ended = taken.job.ended or await watch.ended(waits_s)
+                ended = taken.job.ended or await watch.ended(until - self._clock())
             else:
-                ended = await self._ended(taken.job, waits_s)
+                ended = await self._ended(taken.job, until - self._clock())
             views = await self._jobs.list_items(
                 taken.job.tenant, taken.job.id, (), -1, taken.documents
             )
@@ -233,7 +239,26 @@ class IngestFlow:
             return taken
         results = [_result(view) for view in views]
         ended = ended or all(view.state in ENDS for view in views)
-        return replace(taken, level="indexed" if ended else "accepted", results=results)
+        reached = await self._reached(taken.job, level, until) if ended else "accepted"
+        return replace(taken, level=reached, results=results)
+
+    async def _reached(self, job: Job, level: Level, until: float) -> Level:
+        """How far a job has come that has ended, waiting for searches to see it where that is asked.
+
+        Nobody can say so in time, or at all: it is in the index.
+        """
+        if self._probes.at_once:
+            return "searchable"
+        if level == "indexed":
+            return level
+        try:
+            view = await self._jobs.find_job(job.tenant, job.id)
+        except ServiceError as error:
+            log.warning("how far job %s has landed is not known here: %s", job.id, error)
+            return "indexed"
+        token = None if view is None else view.token
+        sees = await self._probes.sees(job.collection, token, until - self._clock())
+        return "searchable" if sees else "indexed"
 
     async def _ended(self, job: Job, seconds: float) -> bool:
         """Wait for the end of a job that an earlier request has made."""
@@ -249,7 +274,7 @@ def _result(view: ItemView) -> DocumentResult:
     if view.state in ("done", "skipped"):
         status = view.result["status"]
     elif view.state == "dead":
-        status, error = "failed", _error(view)
+        status, error = "failed", error_of(view)
     elif view.state == "cancelled":
         status = "cancelled"
     chunks = int(view.result.get("chunks", 0))
@@ -260,7 +285,7 @@ _KINDS: Mapping[str, type[ServiceError]] = {"invalid": BadInput, "poison": Poiso
 """What the kind of an item's error was made from, where its code is a finer one."""
 
 
-def _error(view: ItemView) -> ServiceError:
+def error_of(view: ItemView) -> ServiceError:
     """The error that an item died of, as it was."""
     known = {one.code: one for one in ServiceError.__subclasses__()}
     made = known.get(view.error_code) or _KINDS.get(view.error_kind, Internal)

@@ -1,6 +1,6 @@
 """Lands records of items in a collection, then removes the chunks that earlier versions had more."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -8,6 +8,7 @@ from serve.config import Settings
 from serve.errors import BadInput, IndexUnavailable, Internal, ServiceError
 from serve.flows.landing import chunk_id
 from serve.flows.room import hold
+from serve.freshness import latest
 from serve.items import Item, Job
 from serve.ports import Upserter
 from serve.records import Collection, Outcome, Record, Sender, Tombstone, Write
@@ -15,10 +16,26 @@ from serve.records import Collection, Outcome, Record, Sender, Tombstone, Write
 
 @dataclass(frozen=True, slots=True)
 class Landing:
-    """All records of one item's document. None of them: the document is deleted."""
+    """All records of one item's document. None of them: the document is deleted.
+
+    `accepted_at` as a record's.
+    """
 
     item: Item
     records: Sequence[Record]
+    accepted_at: float = 0.0
+
+
+Fates = Mapping[int, ServiceError | None]
+"""By item, of those that did not land: why; None: superseded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Landfall:
+    """What became of landings, and the token of all that has landed (see `records.Outcome`)."""
+
+    fates: Fates
+    token: int | None = None
 
 
 class Lander:
@@ -35,8 +52,8 @@ class Lander:
 
     async def land(
         self, sender: Sender, collection: Collection, landings: Sequence[Landing]
-    ) -> dict[int, ServiceError | None]:
-        """Land them; returns the items that did not, with why (None: superseded).
+    ) -> Landfall:
+        """Land them.
 
         Raises Overloaded, TooLarge, Internal, and IndexUnavailable, also where writes came back
         untried: then all of it can be repeated.
@@ -52,16 +69,20 @@ class Lander:
                 fates.setdefault(item, BadInput(f"The index refused it: {outcome.reason}"))
         stale = (
             Tombstone(
-                chunk_id(collection, one.item.name, ordinal), one.item.name, one.item.generation
+                chunk_id(collection, one.item.name, ordinal),
+                one.item.name,
+                one.item.generation,
+                one.accepted_at,
             )
             for one in landings
             if one.item.id not in fates
             for ordinal in range(len(one.records), one.item.chunks_max)
         )
-        for outcome in await self._offer(sender, collection, stale):
+        removed = await self._offer(sender, collection, stale)
+        for outcome in removed:
             if outcome.word == "rejected":
                 raise Internal(f"The index refused a delete: {outcome.reason}")
-        return fates
+        return Landfall(fates, latest(outcome.token for outcome in (*outcomes, *removed)))
 
     async def _offer(
         self, sender: Sender, collection: Collection, writes: Iterable[Write]

@@ -39,7 +39,12 @@ def chunk_id(collection: Collection, document: str, ordinal: int) -> str:
 
 
 def records(
-    collection: Collection, one: Prepared, generation: int, vectors: Vector
+    collection: Collection,
+    one: Prepared,
+    generation: int,
+    vectors: Vector,
+    *,
+    accepted_at: float = 0.0,
 ) -> list[Record]:
     """A document's chunks as records; `vectors` begins with theirs."""
     return [
@@ -53,6 +58,7 @@ def records(
             start=piece.start,
             end=piece.end,
             metadata=one.document.metadata,
+            accepted_at=accepted_at,
         )
         for position, piece in enumerate(one.chunks)
     ]

@@ -1,6 +1,7 @@
 """`POST /v1/collections/{name}/search`: query -> vector -> nearest chunks."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from serve.errors import BadInput
 from serve.flows.collections import CollectionFlow
 from serve.flows.context import Context, Timing, within
 from serve.flows.embed import EmbedFlow, EmbedRequest, Work, named
+from serve.flows.receipts import ReceiptFlow
 from serve.index.filters import parse
 from serve.ports import Index
 from serve.records import Caller, Collection, Filter, Hit, Vector
@@ -17,12 +19,16 @@ from serve.records import Caller, Collection, Filter, Hit, Vector
 
 @dataclass(frozen=True, slots=True)
 class SearchRequest:
-    """Exactly one of `text` and `vector` is set; `where` is the filter as JSON."""
+    """Exactly one of `text` and `vector` is set; `where` is the filter as JSON.
+
+    `after` are receipts of writes that the search must see.
+    """
 
     text: str | None
     vector: Sequence[float] | None
     top_k: int
     where: Mapping[str, Any] | None
+    after: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,7 @@ class SearchFlow:
         collections: CollectionFlow,
         embed: EmbedFlow,
         index: Index,
+        receipts: ReceiptFlow,
     ) -> None:
         self._settings = context.settings
         self._models = context.models
@@ -51,6 +58,7 @@ class SearchFlow:
         self._collections = collections
         self._embed = embed
         self._index = index
+        self._receipts = receipts
 
     async def search(
         self,
@@ -63,7 +71,7 @@ class SearchFlow:
     ) -> Found:
         """The nearest chunks.
 
-        Raises NotFound, BadInput, QuotaExceeded, DeadlineExceeded, and what
+        Raises NotFound, BadInput, QuotaExceeded, DeadlineExceeded, what `ReceiptFlow.wait`,
         `ports.Embedder.embed` and the index raise; a query that was not answered by our fault is
         refunded.
         """
@@ -77,13 +85,18 @@ class SearchFlow:
         deadline_s = self._settings.limits.interactive_deadline_s
         work = Work(caller, request_id, "interactive", deadline_s, until)
         admitted = self._quotas.admitted(caller, "interactive", tokens=0)
-        async with within(until, self._clock), admitted:
-            collection = await self._collections.find(caller, name)
-            if request.vector is None:
-                return await self._by_text(work, collection, request, where)
-            vector = _unit(request.vector, collection.dimensions)
-            hits = await self._index.query(collection.uuid, vector, request.top_k, where)
-            return Found(hits, 0, Timing())
+        async with AsyncExitStack() as stack:
+            async with within(until, self._clock):
+                await stack.enter_async_context(admitted)
+                collection = await self._collections.find(caller, name)
+            # Outside: who waits in vain for a write is told that, not that it was too late.
+            await self._receipts.wait(caller, collection, request.after, until)
+            async with within(until, self._clock):
+                if request.vector is None:
+                    return await self._by_text(work, collection, request, where)
+                vector = _unit(request.vector, collection.dimensions)
+                hits = await self._index.query(collection.uuid, vector, request.top_k, where)
+                return Found(hits, 0, Timing())
 
     async def count(self, collection: Collection) -> int:
         """Records of a collection."""

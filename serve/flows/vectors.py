@@ -21,10 +21,13 @@ from serve.flows.context import Context, left, within
 from serve.flows.ingest import MORE, Chosen, IngestFlow, Taken, Terms
 from serve.flows.items import delete_item
 from serve.flows.landing import chunk_id
+from serve.flows.raw_receipts import RawReceipt
 from serve.flows.room import check
 from serve.flows.scans import scanned
+from serve.freshness import Level, latest
 from serve.index.checks import vector_problem
 from serve.index.filters import parse
+from serve.index.probes import Probes
 from serve.ports import Index, Upserter, Vectors
 from serve.records import Caller, Collection, Filter, Outcome, Record, Sender
 
@@ -36,6 +39,18 @@ class VectorResult:
     status: Literal["indexed", "superseded", "failed"]
     generation: int = 0
     error: ServiceError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What became of vectors, in their order, and how far those that have landed have come.
+
+    There is no receipt where none has landed.
+    """
+
+    results: Sequence[VectorResult]
+    level: Level
+    receipt: RawReceipt | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +69,14 @@ class _Seen:
     more: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Landed:
+    """Results by position, and the token of all that has landed."""
+
+    results: Mapping[int, VectorResult]
+    token: int | None
+
+
 class VectorFlow:
     """Raw vectors of one collection of the caller.
 
@@ -70,6 +93,7 @@ class VectorFlow:
         upserter: Upserter,
         index: Index,
         ingest: IngestFlow,
+        probes: Probes,
     ) -> None:
         self._limits = context.settings.limits
         self._items_max = context.settings.index.max_items
@@ -81,6 +105,8 @@ class VectorFlow:
         self._upserter = upserter
         self._index = index
         self._ingest = ingest
+        self._probes = probes
+        self._wall = context.wall
 
     async def write(
         self,
@@ -88,11 +114,12 @@ class VectorFlow:
         name: str,
         sent: Sequence[SentVector | ServiceError],
         until: float | None = None,
-    ) -> list[VectorResult]:
+        wait: Level | None = None,
+    ) -> Written:
         """Write vectors, one result each, in their order; a fault of one leaves the others alone.
 
-        `sent` has, in the place of what could not be read, why. What is `indexed` is found by whoever
-        searches after this has returned. Also raises StoreUnavailable, and Overloaded or
+        `sent` has, in the place of what could not be read, why. Nothing is accepted before the index has
+        it, so no `wait` is less than to `indexed`. Also raises StoreUnavailable, and Overloaded or
         IndexUnavailable where none was written. Then, as after DeadlineExceeded, some may land all the
         same; a repeat overwrites them.
         """
@@ -112,8 +139,24 @@ class VectorFlow:
             writes = await self._granted(collection, good)
             results |= {at: _failed(_taken(at)) for at in good.keys() - writes.keys()}
             sender = Sender(caller.tenant, caller.weight)
-            results |= await self._landed(sender, collection, writes, until)
-        return [results[at] for at in range(len(sent))]
+            landed = await self._landed(sender, collection, writes, until)
+        results |= landed.results
+        ordered = [results[at] for at in range(len(sent))]
+        done = sum(result.status == "indexed" for result in ordered)
+        if not done:
+            return Written(ordered, "indexed", None)
+        failed = sum(result.status == "failed" for result in ordered)
+        at_ms = int(self._wall() * 1e3)
+        receipt = RawReceipt(collection.uuid, at_ms, len(ordered), failed, landed.token)
+        return Written(ordered, await self._level(receipt, wait, until), receipt)
+
+    async def _level(self, receipt: RawReceipt, wait: Level | None, until: float | None) -> Level:
+        """How far the vectors have come, waiting for searches to see them where that is asked."""
+        if receipt.token is not None and wait != "searchable":
+            return "indexed"
+        waits_s = self._limits.bulk_deadline_s if until is None else until - self._clock()
+        sees = await self._probes.sees(receipt.collection, receipt.token, waits_s)
+        return "searchable" if sees else "indexed"
 
     async def fetch(
         self, caller: Caller, name: str, ids: Sequence[str], until: float | None = None
@@ -188,12 +231,13 @@ class VectorFlow:
         collection: Collection,
         writes: Mapping[int, Record],
         until: float | None,
-    ) -> dict[int, VectorResult]:
+    ) -> _Landed:
         """Offer them, a bulk upsert's worth at a time.
 
         A fault is raised while nothing has landed; from then on it is the result of what has not.
         """
         results: dict[int, VectorResult] = {}
+        tokens: list[int | None] = []
         waiting = list(writes.items())
         for start in range(0, len(waiting), self._items_max):
             part = waiting[start : start + self._items_max]
@@ -203,10 +247,12 @@ class VectorFlow:
             except ServiceError as error:
                 if not any(one.status == "indexed" for one in results.values()):
                     raise
-                return results | {at: _failed(error) for at, _ in waiting[start:]}
+                results |= {at: _failed(error) for at, _ in waiting[start:]}
+                break
             for (at, record), outcome in zip(part, outcomes, strict=True):
                 results[at] = _result(at, record.generation, outcome)
-        return results
+            tokens += [outcome.token for outcome in outcomes]
+        return _Landed(results, latest(tokens))
 
     async def _offer(
         self,

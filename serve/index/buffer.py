@@ -28,6 +28,7 @@ from serve.index.errors import (
     RecordsRejected,
 )
 from serve.index.lanes import Batch, Entry, Lane, Part, size_bytes
+from serve.index.probes import token_of
 from serve.index.schedule import Schedule
 from serve.index.stock import RETRY_AFTER_S_MIN, RETRY_AFTER_S_UNKNOWN, Stock
 from serve.ports import Capabilities, Landed
@@ -42,7 +43,6 @@ TRIES_COUNTED = 16
 PROBE_S = 0.5
 """How long whoever asks should stay away while it shows whether the index is back."""
 
-LANDED = Outcome("landed")
 SUPERSEDED = Outcome("superseded")
 RELEASED = Outcome("released")
 
@@ -140,9 +140,10 @@ class Buffer:
             self._offline = False
             self._learn(lane, part, now)
         reasons = dict(landed.rejected)
+        took = Outcome("landed", token=token_of(self._caps, landed))
         for entry in part.entries:
             reason = reasons.get(entry.write.id)
-            outcome = LANDED if reason is None else Outcome("rejected", reason)
+            outcome = took if reason is None else Outcome("rejected", reason)
             self._answer(lane, entry, outcome)
         self._touch(lane)
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import sqlalchemy as sa
 
 from serve.errors import Conflict, QuotaExceeded
-from serve.jobs import tenants
+from serve.jobs import tenants, tokens
 from serve.jobs.tables import collections, documents
 from serve.records import Collection
 
@@ -89,5 +89,6 @@ def purge(conn: sa.Connection, uuid: str, rows_max: int) -> tuple[int, bool]:
     count = sum(not tombstone for tombstone in tombstones)
     if len(tombstones) == rows_max:
         return count, False
+    tokens.forget(conn, [uuid])
     conn.execute(sa.delete(collections).where(row))
     return count, True

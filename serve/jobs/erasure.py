@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from serve.items import JOB_ENDS, Erased
-from serve.jobs import audit, order, progress
+from serve.jobs import audit, order, progress, tokens
 from serve.jobs.book import JOBS, Book, Sums
 from serve.jobs.job_tables import efforts, idempotency, items, job_events, jobs
 from serve.jobs.webhook_tables import deliveries, webhooks
@@ -50,6 +50,7 @@ def erase_jobs(conn: sa.Connection, tenant: str, ids: Sequence[str], now: float)
     events = conn.execute(sa.delete(job_events).where(job_events.c.number.in_(_EVENTS)), values)
     if events.rowcount == ROWS_MAX:
         return Erased(items=len(gone), more=True)
+    tokens.forget(conn, values["ids"])
     conn.execute(sa.delete(jobs).where(jobs.c.id.in_(values["ids"])))
     sums = Sums()
     for row in rows:

@@ -23,7 +23,7 @@ from serve.items import (
     StageCount,
     Stats,
 )
-from serve.jobs import order, progress
+from serve.jobs import order, progress, tokens
 from serve.jobs.book import JOBS, Book, Delta, Sums, job_of, read
 from serve.jobs.job_tables import IS_UNIT, JOB_IS_OPEN, items, job_events, job_totals, jobs
 from serve.jobs.pages import newest
@@ -93,12 +93,12 @@ _OLD = (
 
 
 def find(conn: sa.Connection, tenant: str, job: str) -> JobView | None:
-    """One job with its counts by stage."""
+    """One job with its counts by stage, and how far it has landed."""
     found = read(conn, [job]).get(job)
     if found is None or found.tenant != tenant:
         return None
     counts = [StageCount(*row) for row in conn.execute(_COUNTS, {"job": job})]
-    return JobView(found, counts)
+    return JobView(found, counts, tokens.find(conn, job))
 
 
 def listed(
@@ -269,6 +269,7 @@ def purge(conn: sa.Connection, now: float, rows_max: int, *, kept_s: float) -> i
         count += conn.execute(sa.delete(table).where(key.in_(some))).rowcount
         if count >= rows_max:
             return count  # there is more to do
+    tokens.forget(conn, ids)
     conn.execute(sa.delete(jobs).where(jobs.c.id.in_(ids)))
     sums = Sums()
     for row in old:

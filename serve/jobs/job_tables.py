@@ -198,4 +198,14 @@ idempotency = sa.Table(
     sqlite_with_rowid=False,
 )
 
+tokens = sa.Table(
+    "tokens",
+    metadata,
+    sa.Column("owner", sa.String, primary_key=True),
+    sa.Column("token", sa.BigInteger, nullable=False),
+    sqlite_with_rowid=False,
+)
+"""How far into the index's log what landed of a job reaches, or of a collection's documents: `owner` is the
+id of either. Only of an index whose searches lag behind its writes."""
+
 ALL = (jobs, items, flows, vclock, owners, job_totals, efforts, job_events, idempotency)

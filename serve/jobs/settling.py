@@ -9,8 +9,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from serve.freshness import UNPROVED
 from serve.items import ENDS, Fault, ItemState, Job, Settlement
-from serve.jobs import generations, order, progress
+from serve.jobs import generations, order, progress, tokens
 from serve.jobs.bell import note
 from serve.jobs.book import Book, Delta
 from serve.jobs.efforts import Efforts
@@ -70,6 +71,7 @@ def settle(
     landed: list[tuple[Any, int]] = []
     widened: list[tuple[Any, int]] = []
     applied: list[bool] = []
+    reached: dict[str, int] = {}
     efforts = Efforts(now)
     for one in settlements:
         row = rows.get(one.item)
@@ -79,12 +81,14 @@ def settle(
         del rows[one.item]
         changes.append(_settled(row, book[row.job], one, attempts_max, now))
         efforts.add(book[row.job].tenant, row, one.word)
+        _reach(book, reached, book[row.job], one.token)
         if one.chunks is not None and one.word in ("done", "advance"):
             (landed if one.word == "done" else widened).append((row, one.chunks))
     _widen(book, widened)
     _land(book, landed)
     _apply(book, changes)
     efforts.write(conn)
+    tokens.reach(conn, reached)
     book.close()
     return applied
 
@@ -268,6 +272,18 @@ def _land(book: Book, landed: Sequence[tuple[Any, int]]) -> None:
         )
     for collection, versions in by_collection.items():
         generations.settle(book.conn, collection, versions, book.now)
+
+
+def _reach(book: Book, reached: dict[str, int], job: Job, token: int | None) -> None:
+    """A write of a job has landed there. A collection's token stands for the documents that it holds, so
+    it leaves out writes of which there is no proof; one that is gone has none any more.
+    """
+    if token is None:
+        return
+    reached[job.id] = max(token, reached.get(job.id, 0))
+    here = job.collection
+    if token != UNPROVED and (here in reached or generations.is_live(book.conn, here)):
+        reached[here] = max(token, reached.get(here, 0))
 
 
 def _widen(book: Book, widened: Sequence[tuple[Any, int]]) -> None:

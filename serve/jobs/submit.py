@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from serve.errors import Mismatch, QuotaExceeded
 from serve.items import VERSION, Accepted, Job, JobState, NewItem, Once
-from serve.jobs import generations, order, progress, tenants, webhook_rows
+from serve.jobs import generations, order, progress, tenants, tokens, webhook_rows
 from serve.jobs.book import Book, read
 from serve.jobs.job_tables import idempotency, items, job_totals, jobs
 from serve.jobs.rows import execute
@@ -91,6 +91,7 @@ def submit(
     skipped = _grant(book, job.collection, rows)
     order.reweigh(conn, job.tenant, job.weight)  # after the documents, as who settles does
     _keep(book, job.id, rows, skipped)
+    _inherit(book, job.id, skipped)
     book.tell(job.id, f"job.{state}")
     for one in own:
         progress.add_own_item(book, job.id, one.task, one.payload, one.cost)
@@ -130,7 +131,9 @@ def add_items(
         cost = sum(one.cost for _, one in units)
         _check_room(conn, tenant, room, jobs=0, items=len(units), cost=cost)
         rows = _rows(book[job_id], units, now)
-        _keep(book, job_id, rows, _grant(book, book[job_id].collection, rows))
+        skipped = _grant(book, book[job_id].collection, rows)
+        _keep(book, job_id, rows, skipped)
+        _inherit(book, job_id, skipped)
     book.progress(job_id)
     book.close()
     return True
@@ -204,6 +207,14 @@ def _keep(
         skipped=job.skipped + len(skipped),
         cost_left=job.cost_left + sum(row["cost"] for row in waiting),
     )
+
+
+def _inherit(book: Book, job_id: str, skipped: Sequence[dict[str, Any]]) -> None:
+    """What is unchanged was landed by an earlier job, which searches may not see yet."""
+    if any(row["result"]["status"] == "unchanged" for row in skipped):
+        token = tokens.find(book.conn, book[job_id].collection)
+        if token is not None:
+            tokens.reach(book.conn, {job_id: token})
 
 
 def _tag(book: Book, job: Job, rows: Sequence[dict[str, Any]]) -> None:

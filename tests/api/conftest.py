@@ -33,7 +33,7 @@ from serve.admission.quotas import Quotas
 from serve.allowance import Quota, Tier
 from serve.api.app import create_app
 from serve.api.service import Service
-from serve.config import Admission, Buffer, Cache, Chunking, Jobs, Model, Settings
+from serve.config import Admission, Buffer, Cache, Chunking, Index, Jobs, Model, Settings
 from serve.config import Pool as PoolSettings
 from serve.content.blobs import LocalBlobs
 from serve.embedding.fake import FakeEngine, Faults
@@ -54,13 +54,16 @@ from serve.flows.ingest import IngestFlow
 from serve.flows.jobs import JobFlow
 from serve.flows.models import Models
 from serve.flows.operators import OperatorFlow
+from serve.flows.receipts import ReceiptFlow
 from serve.flows.room import LANDING, away_s
 from serve.flows.search import SearchFlow
 from serve.flows.streams import Streams
 from serve.flows.usage import UsageFlow
 from serve.flows.vectors import VectorFlow
 from serve.flows.webhooks import WebhookFlow
+from serve.index.lags import Lags, TimedWriter
 from serve.index.memory import MemoryIndex
+from serve.index.probes import Probes
 from serve.index.writer import Writer
 from serve.jobs.faults import Retries
 from serve.jobs.owner import StoreOwner
@@ -68,6 +71,7 @@ from serve.jobs.runner import Runner
 from serve.jobs.vault import Vault
 from serve.ports import Keys
 from serve.records import EmbedCall, EmbedReply, Key, QueueReport, Role
+from tests.api.lagging import LaggingIndex
 
 
 PLAIN = Model(id="plain", engine="fake", dimensions=16, tokens_max=64, created=7)
@@ -119,6 +123,7 @@ def small(**changes: Any) -> Settings:
         "cache": Cache(scope="none"),
         "chunking": Chunking(tokens=32, overlap=8),
         "buffer": Buffer(age_s_start=0.001, age_s_min=0.001),
+        "index": Index(probe_s=0.05),
         "jobs": Jobs(heartbeat_s=300, lease_s=600, retry_s=5),
     }
     return Settings(**{**values, **changes})
@@ -179,6 +184,7 @@ class Ports:
     store: Any
     upserter: Any
     index: MemoryIndex
+    probes: Probes
     ledger: Any
     queues: Any
     blobs: LocalBlobs
@@ -331,10 +337,15 @@ class Builder:
         self.began = self.clock()
 
     async def __call__(
-        self, *, serving: bool = True, working: bool = True, **changes: Any
+        self,
+        *,
+        serving: bool = True,
+        working: bool = True,
+        lagging: bool = False,
+        **changes: Any,
     ) -> Whole:
         """`changes` are of the settings; the model runs only when `serving`, a worker when
-        `working`.
+        `working`; the index is a `LaggingIndex` when `lagging`.
         """
         settings = small(**changes)
         self.made += 1
@@ -343,7 +354,7 @@ class Builder:
         )
         self.stack.callback(owner.close)
         await owner.tick()  # the first one, which spares the leases of before
-        index = MemoryIndex(settings.index)
+        index = (LaggingIndex if lagging else MemoryIndex)(settings.index)
         writer = Writer(
             index,
             owner,
@@ -354,6 +365,8 @@ class Builder:
             rng=random.Random(1),  # noqa: S311  jitter
         )
         await self.background(writer.run())
+        probes = Probes(index, settings.index.probe_s)
+        await self.background(probes.run())
         embedder = LocalEmbedder(self._batcher(settings))
         if serving:
             await self.background(embedder.batcher.run())
@@ -361,8 +374,9 @@ class Builder:
         ports = Ports(
             embedder,
             store=Sabotage(owner),
-            upserter=Sabotage(writer),
+            upserter=Sabotage(TimedWriter(writer, Lags(probes, self.wall))),
             index=index,
+            probes=probes,
             ledger=Sabotage(ledger),
             queues=Sabotage(FakeQueues()),
             blobs=LocalBlobs(self.folder / f"{self.made}.blobs"),
@@ -416,7 +430,8 @@ class Builder:
         embed = EmbedFlow(context, kept_bytes_max=settings.cache.bytes_max)
         collections = CollectionFlow(context, ports.store, ports.upserter)
         feed = Feed(ports.store, self.clock)
-        ingest = IngestFlow(context, collections, ports.store, feed)
+        ingest = IngestFlow(context, collections, ports.store, feed, ports.probes)
+        receipts = ReceiptFlow(context, collections, ports.store, feed, ports.probes)
         files = FileFlow(context, ports.store, ports.blobs)
 
         async def ready() -> dict[str, bool]:
@@ -428,7 +443,8 @@ class Builder:
             embed,
             collections,
             ingest,
-            SearchFlow(context, collections, embed, ports.index),
+            receipts,
+            SearchFlow(context, collections, embed, ports.index, receipts),
             VectorFlow(
                 context,
                 collections,
@@ -436,6 +452,7 @@ class Builder:
                 upserter=ports.upserter,
                 index=ports.index,
                 ingest=ingest,
+                probes=ports.probes,
             ),
             ExportFlow(context, collections, ports.index),
             OperatorFlow(settings, ports.store, ports.store, self.wall),

@@ -531,6 +531,7 @@ async def test_stats_are_by_how_far_items_are(client, idle, clock):
     shown = (await client.get("/v1/stats")).json()
     assert shown == {
         "object": "stats",
+        "lag": {"landings": 0, "indexed": None, "searchable": None},
         "total": 6,
         "uploaded": 2,
         "preparing": 1,

@@ -4,7 +4,7 @@ import asyncio
 import socket
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,11 +16,13 @@ from pinecone._internal import http_client
 from serve.config import Buffer as BufferSettings
 from serve.config.index import Pinecone
 from serve.errors import BadInput, IndexUnavailable
+from serve.freshness import UNPROVED
 from serve.index import pinecone as adapter
 from serve.index.errors import BatchTooLarge, IndexOffline, IndexRetryable, RecordsRejected
 from serve.index.filters import matches, parse
 from serve.index.lanes import WRITE_BYTES, size_bytes
 from serve.index.pinecone import PineconeIndex
+from serve.index.probes import Probes
 from serve.index.writer import Writer
 from serve.ports import Rates
 from serve.records import CollectionSpec, Record, Sender, Tombstone
@@ -549,10 +551,12 @@ class Unfenced:
         return frozenset()
 
 
-async def test_one_poison_is_found_and_the_rest_lands(rig, rng):
-    await rig.serve()
-    rig.server.poison = b"d13"
-    index = await rig.index()
+ME = Sender("me", 1.0)
+
+
+@asynccontextmanager
+async def written(index: PineconeIndex, rng: Any) -> AsyncIterator[Writer]:
+    """A writer that runs."""
     writer = Writer(
         index,
         Unfenced(),  # type: ignore[arg-type]
@@ -562,11 +566,41 @@ async def test_one_poison_is_found_and_the_rest_lands(rig, rng):
         clock=time.monotonic,
         rng=rng,
     )
+    running = asyncio.create_task(writer.run())
     async with AsyncExitStack() as stack:
-        running = asyncio.create_task(writer.run())
         stack.push_async_callback(writer.drain, 5)
-        outcomes = await writer.offer(Sender("me", 1.0), NS, records(40), 30)
+        yield writer
     await running
+
+
+async def test_one_poison_is_found_and_the_rest_lands(rig, rng):
+    await rig.serve()
+    rig.server.poison = b"d13"
+    index = await rig.index()
+    async with written(index, rng) as writer:
+        outcomes = await writer.offer(ME, NS, records(40), 30)
     assert [at for at, one in enumerate(outcomes) if one.word != "landed"] == [13]
     assert "400" in outcomes[13].reason
     assert await generations(index, records(40)) == [int(at != 13) for at in range(40)]
+
+
+async def test_a_landed_write_is_waited_for_until_searches_see_it(rig, rng):
+    await rig.serve(lag=5)
+    index = await rig.index()
+    probes = Probes(index, 0.001)
+    looking = asyncio.create_task(probes.run())
+    async with written(index, rng) as writer:
+        (outcome,) = await writer.offer(ME, NS, records(1), 30)
+        assert outcome.token is not None
+        assert await index.query(NS, np.ones(DIMENSIONS, np.float32), 1) == []
+        assert await probes.sees(NS, outcome.token, 0.0) is False
+        assert await probes.sees(NS, outcome.token, 30) is True
+        assert len(await index.query(NS, np.ones(DIMENSIONS, np.float32), 1)) == 1
+        (gone,) = await writer.offer(ME, NS, [Tombstone(f"{0:032x}", "d0", 2)], 30)
+        assert gone.token == UNPROVED
+        assert await probes.sees(NS, gone.token, 30) is None
+        rig.server.lsn = False
+        (unsaid,) = await writer.offer(ME, NS, records(1, 3), 30)
+        assert unsaid.token == UNPROVED
+        assert await probes.sees(NS, outcome.token + 1, 30) is None
+    looking.cancel()

@@ -46,3 +46,21 @@ def test_quoted_searches_find_what_the_readme_says(served, source):
                 f"/v1/collections/{name}/search", json={"text": query, "top_k": 1}
             ).json()["data"]
             assert [hit["document"] for hit in found] == [answer], query
+
+
+def test_a_write_is_proved_and_its_lag_is_told(served):
+    headers = {"authorization": f"Bearer {served.key}"}
+    with httpx.Client(base_url=served.url, headers=headers, timeout=180) as client:
+        client.post("/v1/collections", json={"name": "proof"}).raise_for_status()
+        body = {"documents": [{"id": "tide", "text": "The tide comes in twice a day."}]}
+        path = "/v1/collections/proof"
+        accepted = client.post(f"{path}/documents?wait=accepted", json=body).json()
+        query = {"text": "tide", "top_k": 1, "after": accepted["id"]}
+        found = client.post(f"{path}/search", json=query, headers={"x-deadline-ms": "60000"})
+        assert [hit["document"] for hit in found.json()["data"]] == ["tide"], found.text
+        receipt = client.get(f"/v1/receipts/{accepted['id']}").json()
+        assert (receipt["level"], receipt["failed"]) == ("searchable", 0)
+        assert receipt["accepted_at"] <= receipt["searchable_at"]
+        lag = client.get("/v1/stats").json()["lag"]
+        assert lag["landings"] >= 1
+        assert lag["searchable"] is not None

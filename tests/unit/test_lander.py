@@ -9,6 +9,7 @@ from serve.config import Index, Settings
 from serve.errors import IndexUnavailable, Internal
 from serve.flows.lander import Lander, Landing
 from serve.flows.landing import chunk_id
+from serve.freshness import UNPROVED
 from serve.items import Item
 from serve.records import Collection, Outcome, Record, Sender, Tombstone, Write
 
@@ -23,13 +24,16 @@ class Answers:
     def __init__(self, **words: str) -> None:
         self.words = words
         self.offers: list[Sequence[Write]] = []
+        self.tokens: dict[type[Write], int | None] = {}
 
     async def offer(
         self, sender: Sender, _ns: str, writes: Sequence[Write], _deadline_s: float
     ) -> list[Outcome]:
         assert sender is ME
         self.offers.append(writes)
-        return [Outcome(self.words.get(one.document, "landed"), "No.") for one in writes]
+        tokens = self.tokens.get(type(writes[0]))
+        words = (self.words.get(one.document, "landed") for one in writes)
+        return [Outcome(word, "No.", tokens) for word in words]
 
 
 def landing(number: int, *, chunks: int = 1, before: int = 0) -> Landing:
@@ -58,7 +62,8 @@ def lander(index: Answers, items_max: int = 3) -> Lander:
 
 async def test_each_item_has_its_own_fate():
     index = Answers(d2="superseded", d3="rejected")
-    fates = await lander(index).land(ME, COLLECTION, [landing(n, chunks=2) for n in range(1, 5)])
+    landfall = await lander(index).land(ME, COLLECTION, [landing(n, chunks=2) for n in range(1, 5)])
+    fates = landfall.fates
     assert {item: error and error.code for item, error in fates.items()} == {
         2: None,
         3: "invalid_request",
@@ -87,3 +92,13 @@ async def test_chunks_that_earlier_versions_had_more_are_removed_after_the_new_o
 async def test_a_delete_that_was_not_done_is_raised(word: str, error: type[Exception]):
     with pytest.raises(error):
         await lander(Answers(d1=word)).land(ME, COLLECTION, [landing(1, chunks=0, before=2)])
+
+
+async def test_the_token_is_that_of_the_last_write_of_any_kind():
+    index = Answers()
+    made = [landing(1, before=3)]
+    assert (await lander(index).land(ME, COLLECTION, made)).token is None
+    index.tokens = {Record: 7}
+    assert (await lander(index).land(ME, COLLECTION, made)).token == 7
+    index.tokens = {Record: 7, Tombstone: UNPROVED}
+    assert (await lander(index).land(ME, COLLECTION, made)).token == UNPROVED

@@ -28,12 +28,25 @@ class Kept:
         self.values[()] = value
 
 
+class Histogram(Kept):
+    """In place of Ray's."""
+
+    def __init__(self, name: str, description: str, boundaries: list[float]) -> None:
+        super().__init__(name, description)
+        assert boundaries == sorted(boundaries)
+        self.observed: list[float] = []
+
+    def observe(self, value: float) -> None:
+        self.observed.append(value)
+
+
 @pytest.fixture
 def made(monkeypatch) -> dict[str, Kept]:
     kept: dict[str, Kept] = {}
     monkeypatch.setattr(Kept, "made", kept, raising=False)
     monkeypatch.setattr(metrics, "Counter", Kept)
     monkeypatch.setattr(metrics, "Gauge", Kept)
+    monkeypatch.setattr(metrics, "Histogram", Histogram)
     return kept
 
 
@@ -76,4 +89,16 @@ def test_counters_follow_what_was_kept_and_shared(made):
         "cache_shared": {(): 2},
         "cache_evicted": {(): 1},
         "cache_bytes": {(): 2048},
+    }
+
+
+def test_each_lag_is_counted_once(made):
+    untold = [[("indexed", 0.2), ("searchable", 0.7), ("indexed", 0.3)], []]
+    lags = SimpleNamespace(take=lambda: untold.pop(0))
+    told = metrics.LagMetrics()
+    told.update(lags)
+    told.update(lags)
+    assert {name: one.observed for name, one in made.items()} == {
+        "lag_indexed_seconds": [0.2, 0.3],
+        "lag_searchable_seconds": [0.7],
     }

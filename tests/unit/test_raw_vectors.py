@@ -2,15 +2,19 @@
 
 import base64
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from serve.config import Limits
+from serve.config import Index, Limits
 from serve.content.vectors import SentVector, checked, decoded, in_base64
 from serve.errors import BadInput, IndexUnavailable, Overloaded
+from serve.flows.raw_receipts import RawReceipt
 from serve.flows.vectors import VectorFlow, _checked
+from serve.index.memory import MemoryIndex
+from serve.index.probes import Probes
 from serve.records import Caller, Collection, Outcome, Pressure, Record, Sender
 
 
@@ -136,13 +140,24 @@ class Admits:
 
 def flow(answers: Answers, clock) -> VectorFlow:
     settings = SimpleNamespace(limits=LIMITS, index=SimpleNamespace(max_items=2))
-    context = SimpleNamespace(settings=settings, quotas=Admits(), threads=None, clock=clock)
-    return VectorFlow(context, answers, answers, upserter=answers, index=None, ingest=None)
+    context = SimpleNamespace(
+        settings=settings, quotas=Admits(), threads=None, clock=clock, wall=clock
+    )
+    probes = Probes(MemoryIndex(Index()), 1)
+    return VectorFlow(
+        context,
+        answers,
+        answers,
+        upserter=answers,
+        index=None,
+        ingest=None,
+        probes=probes,
+    )
 
 
 async def write(answers: Answers, clock, count: int = 4):
     many = [sent(id=f"v{at}") for at in range(count)]
-    return await flow(answers, clock).write(CALLER, "books", many)
+    return (await flow(answers, clock).write(CALLER, "books", many)).results
 
 
 async def test_each_has_its_own_outcome_and_the_store_is_asked_once(clock):
@@ -174,7 +189,9 @@ async def test_a_fault_after_some_landed_befalls_the_rest_only(clock):
 
 async def test_nothing_is_asked_for_what_is_all_refused(clock):
     answers = Answers()
-    (result,) = await flow(answers, clock).write(CALLER, "books", [BadInput("No.")])
+    written = await flow(answers, clock).write(CALLER, "books", [BadInput("No.")])
+    (result,) = written.results
+    assert written.receipt is None
     assert result.status == "failed"
     assert not answers.grants
 
@@ -204,3 +221,20 @@ async def test_what_could_not_land_takes_no_generation(clock, presses, error, wa
     answers.presses = Pressure(tenants={"other": 2.0})
     answers.parts = [["landed"] * 2] * 2
     assert {one.status for one in await write(answers, clock)} == {"indexed"}
+
+
+async def test_the_receipt_counts_what_landed_and_holds_the_last_token(clock):
+    class Later(Answers):
+        async def offer(
+            self, sender: Sender, ns: str, records: Sequence[Record], deadline_s: float
+        ):
+            outcomes = await super().offer(sender, ns, records, deadline_s)
+            token = 10 - len(self.offers)
+            return [replace(one, token=token) for one in outcomes]
+
+    answers = Later(["landed", "landed"], ["rejected", "landed"])
+    many = [sent(id=f"v{at}") for at in range(4)]
+    written = await flow(answers, clock).write(CALLER, "books", many)
+    at_ms = int(clock() * 1e3)
+    assert written.receipt == RawReceipt(COLLECTION.uuid, at_ms, 4, 1, 9)
+    assert written.level == "indexed"
