@@ -36,6 +36,7 @@ from serve.flows.ingest import IngestFlow
 from serve.flows.jobs import JobFlow
 from serve.flows.models import Models
 from serve.flows.operators import OperatorFlow
+from serve.flows.queues import QueueFlow
 from serve.flows.search import SearchFlow
 from serve.flows.streams import Streams
 from serve.flows.usage import UsageFlow
@@ -101,6 +102,9 @@ class Ingress:
         embed = EmbedFlow(context, kept_bytes_max=settings.cache.bytes_max)
         collections = CollectionFlow(context, self._store, self._upserter)
         ingest = IngestFlow(context, collections, self._store, self._feed)
+        vectors = VectorFlow(
+            context, collections, self._store, upserter=self._upserter, index=index, ingest=ingest
+        )
         queues = LedgerPort(settings)
         blobs = LocalBlobs(Path(settings.data_dir) / settings.files.folder)
         files = FileFlow(context, self._store, blobs)
@@ -111,14 +115,8 @@ class Ingress:
             collections,
             ingest,
             SearchFlow(context, collections, embed, index),
-            VectorFlow(
-                context,
-                collections,
-                self._store,
-                upserter=self._upserter,
-                index=index,
-                ingest=ingest,
-            ),
+            vectors,
+            QueueFlow(context, collections, ingest, vectors),
             ExportFlow(context, collections, index),
             OperatorFlow(settings, self._store, self._store, time.time),
             EraseFlow(

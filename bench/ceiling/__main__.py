@@ -43,6 +43,7 @@ from serve.flows.ingest import IngestFlow
 from serve.flows.jobs import JobFlow
 from serve.flows.models import Models
 from serve.flows.operators import OperatorFlow
+from serve.flows.queues import QueueFlow
 from serve.flows.search import SearchFlow
 from serve.flows.streams import Streams
 from serve.flows.usage import UsageFlow
@@ -142,6 +143,9 @@ class Ceiling:
         embed = EmbedFlow(context, kept_bytes_max=settings.cache.bytes_max)
         collections = CollectionFlow(context, store, self._writer)
         ingest = IngestFlow(context, collections, store, self._feed)
+        vectors = VectorFlow(
+            context, collections, store, upserter=self._writer, index=self._index, ingest=ingest
+        )
         blobs = LocalBlobs(Path(settings.data_dir) / settings.files.folder)
         files = FileFlow(context, store, blobs)
         return Service(
@@ -151,9 +155,8 @@ class Ceiling:
             collections,
             ingest,
             SearchFlow(context, collections, embed, self._index),
-            VectorFlow(
-                context, collections, store, upserter=self._writer, index=self._index, ingest=ingest
-            ),
+            vectors,
+            QueueFlow(context, collections, ingest, vectors),
             ExportFlow(context, collections, self._index),
             OperatorFlow(settings, store, store, time.time),
             EraseFlow(

@@ -46,6 +46,14 @@ class Fetched:
 
 
 @dataclass(frozen=True, slots=True)
+class _Granted:
+    """A vector and its record, with the generation that the Store granted."""
+
+    raw: RawVector
+    record: Record
+
+
+@dataclass(frozen=True, slots=True)
 class _Seen:
     """Generations by document, and whether more documents match."""
 
@@ -106,10 +114,31 @@ class VectorFlow:
                 at: _failed(one) for at, one in found.items() if isinstance(one, ServiceError)
             }
             good = {at: one for at, one in found.items() if isinstance(one, RawVector)}
-            writes = await self._granted(collection, good)
-            results |= {at: _failed(_taken(at)) for at in good.keys() - writes.keys()}
-            results |= await self._landed(collection, writes, until)
+            results |= await self.land(collection, good, until)
         return [results[at] for at in range(len(sent))]
+
+    async def land(
+        self, collection: Collection, good: Mapping[int, RawVector], until: float | None = None
+    ) -> dict[int, VectorResult]:
+        """Write vectors that fit the collection, each id once; what became of them, by their numbers.
+
+        Raises as `write` does. Not charged: that is the caller's part.
+        """
+        if not good:
+            return {}
+        names = [one.id for one in good.values()]
+        sent = [one.sent_at for one in good.values()]
+        granted = await self._store.grant_vectors(collection.uuid, names, sent)
+        results: dict[int, VectorResult] = {}
+        writes: dict[int, _Granted] = {}
+        for (at, one), generation in zip(good.items(), granted, strict=True):
+            if generation:
+                writes[at] = _Granted(one, _record(collection, one, generation))
+            elif generation is None:
+                results[at] = VectorResult("superseded")
+            else:
+                results[at] = _failed(_taken(one))
+        return results | await self._landed(collection, writes, until)
 
     async def fetch(
         self, caller: Caller, name: str, ids: Sequence[str], until: float | None = None
@@ -164,22 +193,8 @@ class VectorFlow:
                     versions[record.document] = max(record.generation, known)
         return _Seen(versions, more=False)
 
-    async def _granted(
-        self, collection: Collection, good: Mapping[int, RawVector]
-    ) -> dict[int, Record]:
-        """Records with the generations that the Store grants; without those it does not."""
-        if not good:
-            return {}
-        names = [one.id for one in good.values()]
-        granted = await self._store.grant_vectors(collection.uuid, names)
-        return {
-            at: _record(collection, one, generation)
-            for (at, one), generation in zip(good.items(), granted, strict=True)
-            if generation
-        }
-
     async def _landed(
-        self, collection: Collection, writes: Mapping[int, Record], until: float | None
+        self, collection: Collection, writes: Mapping[int, _Granted], until: float | None
     ) -> dict[int, VectorResult]:
         """Offer them, a bulk upsert's worth at a time.
 
@@ -190,13 +205,13 @@ class VectorFlow:
         for start in range(0, len(waiting), self._items_max):
             part = waiting[start : start + self._items_max]
             try:
-                outcomes = await self._offer(collection, [record for _, record in part], until)
+                outcomes = await self._offer(collection, [one.record for _, one in part], until)
             except ServiceError as error:
                 if not any(one.status == "indexed" for one in results.values()):
                     raise
                 return results | {at: _failed(error) for at, _ in waiting[start:]}
-            for (at, record), outcome in zip(part, outcomes, strict=True):
-                results[at] = _result(at, record.generation, outcome)
+            for (at, one), outcome in zip(part, outcomes, strict=True):
+                results[at] = _result(one, outcome)
         return results
 
     async def _offer(
@@ -229,7 +244,7 @@ def _checked(
             found[at] = one
             continue
         try:
-            found[at] = _fitting(checked(one, f"vectors[{at}]", limits), at, collection)
+            found[at] = fitting(checked(one, f"vectors[{at}]", limits), collection)
         except BadInput as error:
             found[at] = error
         if first.setdefault(one.id, at) != at:
@@ -239,9 +254,9 @@ def _checked(
     return found
 
 
-def _fitting(raw: RawVector, at: int, collection: Collection) -> RawVector:
+def fitting(raw: RawVector, collection: Collection) -> RawVector:
     """Raises BadInput for a vector that cannot be compared with the collection's."""
-    param, count = f"vectors[{at}].vector", len(raw.vector)
+    param, count = f"{raw.param}.vector", len(raw.vector)
     if count != collection.dimensions:
         raise BadInput(
             f"It has {count} dimensions, the collection {collection.dimensions}.", param=param
@@ -266,14 +281,14 @@ def _record(collection: Collection, raw: RawVector, generation: int) -> Record:
     )
 
 
-def _result(at: int, generation: int, outcome: Outcome) -> VectorResult:
+def _result(one: _Granted, outcome: Outcome) -> VectorResult:
     if outcome.word == "landed":
-        return VectorResult("indexed", generation)
+        return VectorResult("indexed", one.record.generation)
     if outcome.word == "superseded":
-        return VectorResult("superseded", generation)
+        return VectorResult("superseded", one.record.generation)
     if outcome.word == "released":
         return _failed(_released())
-    return _failed(BadInput(f"The index refused it: {outcome.reason}", param=f"vectors[{at}]"))
+    return _failed(BadInput(f"The index refused it: {outcome.reason}", param=one.raw.param))
 
 
 def _failed(error: ServiceError) -> VectorResult:
@@ -284,9 +299,9 @@ def _released() -> IndexUnavailable:
     return IndexUnavailable("The index did not take it in time.", retry_after_s=1)
 
 
-def _taken(at: int) -> Conflict:
+def _taken(raw: RawVector) -> Conflict:
     return Conflict(
         "A document has this id, or is being deleted: delete it first, and wait for that.",
-        param=f"vectors[{at}].id",
+        param=f"{raw.param}.id",
         code="id_of_document",
     )

@@ -54,6 +54,7 @@ from serve.flows.ingest import IngestFlow
 from serve.flows.jobs import JobFlow
 from serve.flows.models import Models
 from serve.flows.operators import OperatorFlow
+from serve.flows.queues import QueueFlow
 from serve.flows.search import SearchFlow
 from serve.flows.streams import Streams
 from serve.flows.usage import UsageFlow
@@ -415,6 +416,14 @@ class Builder:
         collections = CollectionFlow(context, ports.store, ports.upserter)
         feed = Feed(ports.store, self.clock)
         ingest = IngestFlow(context, collections, ports.store, feed)
+        vectors = VectorFlow(
+            context,
+            collections,
+            ports.store,
+            upserter=ports.upserter,
+            index=ports.index,
+            ingest=ingest,
+        )
         files = FileFlow(context, ports.store, ports.blobs)
 
         async def ready() -> dict[str, bool]:
@@ -427,14 +436,8 @@ class Builder:
             collections,
             ingest,
             SearchFlow(context, collections, embed, ports.index),
-            VectorFlow(
-                context,
-                collections,
-                ports.store,
-                upserter=ports.upserter,
-                index=ports.index,
-                ingest=ingest,
-            ),
+            vectors,
+            QueueFlow(context, collections, ingest, vectors),
             ExportFlow(context, collections, ports.index),
             OperatorFlow(settings, ports.store, ports.store, self.wall),
             EraseFlow(
