@@ -182,6 +182,13 @@ def headrace(profile: str, change: Change = as_they_are) -> Iterator[Target]:
 
 
 @contextmanager
+def ceiling(change: Change = as_they_are) -> Iterator[Target]:
+    """The service without Ray, in one process, ready."""
+    with ceiling_recipe("ceiling", change) as recipe, started(recipe) as target:
+        yield target
+
+
+@contextmanager
 def started(recipe: Recipe) -> Iterator[Target]:
     """A server, ready; its target knows the process."""
     with launched(recipe) as process:

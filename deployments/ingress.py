@@ -37,6 +37,7 @@ from serve.flows.ingest import IngestFlow
 from serve.flows.jobs import JobFlow
 from serve.flows.models import Models
 from serve.flows.operators import OperatorFlow
+from serve.flows.queues import QueueFlow
 from serve.flows.receipts import ReceiptFlow
 from serve.flows.room import away_s
 from serve.flows.search import SearchFlow
@@ -111,6 +112,15 @@ class Ingress:
         collections = CollectionFlow(context, self._store, self._upserter)
         ingest = IngestFlow(context, collections, self._store, self._feed, self._probes)
         receipts = ReceiptFlow(context, collections, self._store, self._feed, self._probes)
+        vectors = VectorFlow(
+            context,
+            collections,
+            self._store,
+            upserter=self._upserter,
+            index=index,
+            ingest=ingest,
+            probes=self._probes,
+        )
         queues = LedgerPort(settings)
         blobs = LocalBlobs(Path(settings.data_dir) / settings.files.folder)
         files = FileFlow(context, self._store, blobs)
@@ -122,15 +132,8 @@ class Ingress:
             ingest,
             receipts,
             SearchFlow(context, collections, embed, index, receipts),
-            VectorFlow(
-                context,
-                collections,
-                self._store,
-                upserter=self._upserter,
-                index=index,
-                ingest=ingest,
-                probes=self._probes,
-            ),
+            vectors,
+            QueueFlow(context, collections, ingest, vectors),
             ExportFlow(context, collections, index),
             OperatorFlow(settings, self._store, self._store, time.time),
             EraseFlow(

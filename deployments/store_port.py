@@ -106,9 +106,12 @@ class StorePort(
         """See Collections."""
         return cast("Sequence[Collection]", await self._call("deleted_collections"))
 
-    async def grant_vectors(self, collection: str, names: Sequence[str]) -> Sequence[int]:
+    async def grant_vectors(
+        self, collection: str, names: Sequence[str], sent: Sequence[float | None]
+    ) -> Sequence[int | None]:
         """See Vectors."""
-        return cast("Sequence[int]", await self._call("grant_vectors", collection, names))
+        granted = await self._call("grant_vectors", collection, names, sent)
+        return cast("Sequence[int | None]", granted)
 
     async def take_epoch(self, name: str, deploy_seq: int) -> int:
         """See Fence."""

@@ -141,6 +141,11 @@ class NewItem:
     sha256: str = ""
 
 
+SENT = "sent_at"
+"""In the payload of a document's write or delete: when it was sent, in epoch seconds. It is skipped where
+one that was sent later has been accepted. Without it: when it is accepted.
+"""
+
 VERSION = "version"
 """In the payload of a delete: the highest generation that it may remove. Without it, all that was
 accepted before goes.

@@ -360,11 +360,15 @@ class Collections(Protocol):
 class Vectors(Protocol):
     """Raw vectors in the Store: their generations only."""
 
-    async def grant_vectors(self, collection: str, names: Sequence[str]) -> Sequence[int]:
-        """A generation for a write of each raw vector, in order; 0 where the name is a document's.
+    async def grant_vectors(
+        self, collection: str, names: Sequence[str], sent: Sequence[float | None]
+    ) -> Sequence[int | None]:
+        """A generation for a write of each raw vector, in order; 0 where the name is a document's, None
+        where a write that was sent later has been accepted.
 
-        A repeat grants higher ones, which does no harm: it has no operation id. Raises NotFound (the
-        collection is gone), BadInput (a name that is there twice).
+        `sent` has for each name when it was sent, in epoch seconds; None: now. A repeat grants higher
+        ones, which does no harm: it has no operation id. Raises NotFound (the collection is gone),
+        BadInput (a name that is there twice).
         """
         ...
 

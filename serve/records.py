@@ -248,10 +248,14 @@ class Collection:
 
 @dataclass(frozen=True, slots=True)
 class DocumentWrite:
-    """A document about to be written: its id and into how many chunks it was cut."""
+    """A document about to be written: its id and into how many chunks it was cut.
+
+    `sent_at` is when it was sent, in epoch seconds; None: now.
+    """
 
     document: str
     chunks: int
+    sent_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

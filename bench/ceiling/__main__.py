@@ -43,13 +43,17 @@ from serve.flows.ingest import IngestFlow
 from serve.flows.jobs import JobFlow
 from serve.flows.models import Models
 from serve.flows.operators import OperatorFlow
+from serve.flows.queues import QueueFlow
+from serve.flows.receipts import ReceiptFlow
 from serve.flows.room import LANDING, away_s
 from serve.flows.search import SearchFlow
 from serve.flows.streams import Streams
 from serve.flows.usage import UsageFlow
 from serve.flows.vectors import VectorFlow
 from serve.flows.webhooks import WebhookFlow
+from serve.index.lags import Lags, TimedWriter
 from serve.index.memory import MemoryIndex
+from serve.index.probes import Probes
 from serve.index.writer import Writer
 from serve.jobs.faults import Retries
 from serve.jobs.owner import StoreOwner
@@ -118,6 +122,10 @@ class Ceiling:
             clock=time.monotonic,
             rng=random.Random(),
         )
+        self._probes = Probes(
+            self._index, settings.index.probe_s
+        )  # searches see at once what landed
+        self._upserter = TimedWriter(self._writer, Lags(self._probes, time.time))
         self._quotas = _quotas(settings, store)
         self._feed = Feed(store, time.monotonic)
         self._service = self._wire(settings, store)
@@ -141,8 +149,18 @@ class Ceiling:
             time.time,
         )
         embed = EmbedFlow(context, kept_bytes_max=settings.cache.bytes_max)
-        collections = CollectionFlow(context, store, self._writer)
-        ingest = IngestFlow(context, collections, store, self._feed)
+        collections = CollectionFlow(context, store, self._upserter)
+        ingest = IngestFlow(context, collections, store, self._feed, self._probes)
+        receipts = ReceiptFlow(context, collections, store, self._feed, self._probes)
+        vectors = VectorFlow(
+            context,
+            collections,
+            store,
+            upserter=self._upserter,
+            index=self._index,
+            ingest=ingest,
+            probes=self._probes,
+        )
         blobs = LocalBlobs(Path(settings.data_dir) / settings.files.folder)
         files = FileFlow(context, store, blobs)
         return Service(
@@ -151,15 +169,15 @@ class Ceiling:
             embed,
             collections,
             ingest,
-            SearchFlow(context, collections, embed, self._index),
-            VectorFlow(
-                context, collections, store, upserter=self._writer, index=self._index, ingest=ingest
-            ),
+            receipts,
+            SearchFlow(context, collections, embed, self._index, receipts),
+            vectors,
+            QueueFlow(context, collections, ingest, vectors),
             ExportFlow(context, collections, self._index),
             OperatorFlow(settings, store, store, time.time),
             EraseFlow(
                 store,
-                upserter=self._writer,
+                upserter=self._upserter,
                 index=self._index,
                 blobs=blobs,
                 wait_s=settings.limits.deadline_s_max,
@@ -178,7 +196,7 @@ class Ceiling:
         """As `deployments.worker` does it on a replica, for documents."""
         rules, (worker, *_) = settings.jobs, settings.workers
         retries = Retries(rules.retry_s, rules.retry_factor, rules.retry_s_max, random.Random())
-        work = DocumentWork(self._service.context, self._service.embed, self._writer, retries)
+        work = DocumentWork(self._service.context, self._service.embed, self._upserter, retries)
         return Runner(
             store,
             work.handlers(),
@@ -186,7 +204,7 @@ class Ceiling:
             worker=worker,
             rules=rules,
             retries=retries,
-            gates={LANDING: partial(away_s, self._writer)},
+            gates={LANDING: partial(away_s, self._upserter)},
         )
 
     async def _ready(self) -> Mapping[str, bool]:

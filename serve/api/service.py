@@ -25,6 +25,7 @@ from serve.flows.files import FileFlow
 from serve.flows.ingest import IngestFlow
 from serve.flows.jobs import JobFlow
 from serve.flows.operators import OperatorFlow
+from serve.flows.queues import QueueFlow
 from serve.flows.receipts import ReceiptFlow
 from serve.flows.search import SearchFlow
 from serve.flows.streams import Streams
@@ -46,6 +47,7 @@ class Service:
     receipts: ReceiptFlow
     search: SearchFlow
     vectors: VectorFlow
+    queues: QueueFlow
     exports: ExportFlow
     operators: OperatorFlow
     erasure: EraseFlow

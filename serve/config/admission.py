@@ -46,6 +46,15 @@ class Limits(Section):
     vector_text_chars_max: int = Field(
         16_384, ge=0, le=10**6, description="Characters of the text that comes with a raw vector."
     )
+    queue_messages_max: int = Field(
+        100, ge=1, le=1000, description="Messages of one queue batch (Cloudflare: 100)."
+    )
+    queue_delay_s_max: int = Field(
+        43_200,
+        ge=1,
+        le=10**6,
+        description="Longest delay that a queue is told to retry a message after (Cloudflare: 43,200).",
+    )
     collections_max: int = Field(1000, ge=1, le=100_000, description="Collections of one tenant.")
     top_k_max: int = Field(1000, ge=1, le=10_000, description="Results of one search.")
     filter_terms_max: int = Field(64, ge=1, le=1024, description="Conditions in one filter.")

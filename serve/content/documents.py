@@ -52,8 +52,13 @@ def validate_documents(
         first = seen.setdefault(document.id, position)
         if first != position:
             raise BadInput(f"{name}[{first}] has the same id.", param=f"{param}.id")
-        _check_text(document.text, f"{param}.text", limits)
-        check_metadata(document.metadata, f"{param}.metadata", limits)
+        _check_content(document, param, limits)
+
+
+def check_document(document: Document, param: str, limits: Limits) -> None:
+    """The same of one document, whose path in the request is `param`. Raises BadInput."""
+    check_id(document.id, f"{param}.id", limits)
+    _check_content(document, param, limits)
 
 
 def check_id(document_id: str, param: str, limits: Limits) -> None:
@@ -83,6 +88,11 @@ def check_metadata(metadata: Mapping[str, object], param: str, limits: Limits) -
             f"Metadata may have {limits.metadata_bytes_max} bytes as JSON, not {size}.",
             param=param,
         )
+
+
+def _check_content(document: Document, param: str, limits: Limits) -> None:
+    _check_text(document.text, f"{param}.text", limits)
+    check_metadata(document.metadata, f"{param}.metadata", limits)
 
 
 def _check_text(text: str, param: str, limits: Limits) -> None:

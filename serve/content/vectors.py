@@ -20,22 +20,28 @@ NUMBERS = {int, float}
 
 @dataclass(frozen=True, slots=True)
 class SentVector:
-    """A vector that the user names by `id`, as it was sent: numbers, or the base64 of their bytes."""
+    """A vector that the user names by `id`, as it was sent: numbers, or the base64 of their bytes.
+
+    `sent_at` is when it was sent, in epoch seconds; None: now.
+    """
 
     id: str
     vector: object
     text: str = ""
     metadata: Mapping[str, MetadataValue] = field(default_factory=dict)
+    sent_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RawVector:
-    """The same, checked: float32, of any length and not of length zero."""
+    """The same, checked: float32, of any length and not of length zero. `param` is its path."""
 
+    param: str
     id: str
     vector: Vector
     text: str
     metadata: Mapping[str, MetadataValue]
+    sent_at: float | None = None
 
 
 def checked(sent: SentVector, param: str, limits: Limits) -> RawVector:
@@ -53,7 +59,8 @@ def checked(sent: SentVector, param: str, limits: Limits) -> RawVector:
         )
     utf8_bytes(sent.text, f"{param}.text")
     check_metadata(sent.metadata, f"{param}.metadata", limits)
-    return RawVector(sent.id, decoded(sent.vector, f"{param}.vector"), sent.text, sent.metadata)
+    row = decoded(sent.vector, f"{param}.vector")
+    return RawVector(param, sent.id, row, sent.text, sent.metadata, sent.sent_at)
 
 
 def decoded(value: object, param: str) -> Vector:

@@ -142,7 +142,7 @@ class IngestFlow:
                 items = await loop.run_in_executor(
                     self._threads, partial(self._items, served, documents)
                 )
-            return await self._hand_over(caller, collection, Chosen(items), terms, level)
+            return await self.hand_over(caller, collection, Chosen(items), terms, level)
 
     async def delete(
         self, caller: Caller, name: str, documents: Sequence[str], terms: Terms
@@ -171,23 +171,9 @@ class IngestFlow:
             async with within(terms.until, self._clock):
                 collection = await self._collections.find(caller, name)
                 chosen = await choose(collection)
-            return await self._hand_over(caller, collection, chosen, terms, level)
+            return await self.hand_over(caller, collection, chosen, terms, level)
 
-    async def _begun(self, stack: AsyncExitStack, caller: Caller, terms: Terms) -> Job | None:
-        """Charge the request itself: its tokens are charged where they are embedded.
-
-        Returns the job that its Idempotency-Key has made, if any. Its collection may be gone.
-        """
-        async with within(terms.until, self._clock):
-            admitted = self._quotas.admitted(caller, "bulk", tokens=0, param="documents")
-            await stack.enter_async_context(admitted)
-            once = terms.once
-            return None if once is None else await self._jobs.first_job(caller.tenant, once)
-
-    def _items(self, served: Served, documents: Sequence[Document]) -> list[NewItem]:
-        return [document_item(served, self._settings, document) for document in documents]
-
-    async def _hand_over(
+    async def hand_over(
         self,
         caller: Caller,
         collection: Collection,
@@ -195,6 +181,7 @@ class IngestFlow:
         terms: Terms,
         level: Level,
     ) -> Taken:
+        """Make a job of items and follow it as far as `level`. Not charged: that is the caller's part."""
         now = self._wall()
         job = Job(
             id=new_id("job", now),
@@ -213,6 +200,20 @@ class IngestFlow:
             accepted = await self._jobs.submit_job(new_op(), job, chosen.items, terms.once)
             taken = Taken(accepted.job, len(chosen.items), replayed=accepted.replayed)
             return await self._followed(taken, level, terms.until, watch)
+
+    async def _begun(self, stack: AsyncExitStack, caller: Caller, terms: Terms) -> Job | None:
+        """Charge the request itself: its tokens are charged where they are embedded.
+
+        Returns the job that its Idempotency-Key has made, if any. Its collection may be gone.
+        """
+        async with within(terms.until, self._clock):
+            admitted = self._quotas.admitted(caller, "bulk", tokens=0, param="documents")
+            await stack.enter_async_context(admitted)
+            once = terms.once
+            return None if once is None else await self._jobs.first_job(caller.tenant, once)
+
+    def _items(self, served: Served, documents: Sequence[Document]) -> list[NewItem]:
+        return [document_item(served, self._settings, document) for document in documents]
 
     async def _followed(
         self, taken: Taken, level: Level, until: float | None, watch: Watch | None = None

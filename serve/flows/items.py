@@ -10,7 +10,7 @@ import json
 from serve.config import Settings
 from serve.content.documents import Document
 from serve.flows.models import Served
-from serve.items import VERSION, NewItem
+from serve.items import SENT, VERSION, NewItem
 
 
 CHARS_PER_TOKEN = 4
@@ -20,25 +20,37 @@ ITEM_TOKENS = 32.0
 """Added to each item's cost for its fixed work, like `batch.item_overhead_tokens` for an input."""
 
 
-def document_item(served: Served, settings: Settings, document: Document) -> NewItem:
-    """The write of a document in a collection of this model. Slow for long texts: for a thread."""
+def document_item(
+    served: Served, settings: Settings, document: Document, sent_at: float | None = None
+) -> NewItem:
+    """The write of a document in a collection of this model. Slow for long texts: for a thread.
+
+    `sent_at` as in `SENT`.
+    """
     return NewItem(
         name=document.id,
         task="document",
         stage="prepare",
         cost=len(document.text) / CHARS_PER_TOKEN + ITEM_TOKENS,
-        payload={"text": document.text, "metadata": dict(document.metadata)},
+        payload={"text": document.text, "metadata": dict(document.metadata)} | _sent(sent_at),
         sha256=content_sha256(served, settings, document),
     )
 
 
-def delete_item(document: str, generation: int | None = None) -> NewItem:
+def delete_item(
+    document: str, generation: int | None = None, sent_at: float | None = None
+) -> NewItem:
     """The delete of a document: nothing to prepare, the stage that lands does it.
 
     With a generation only what is not newer than that goes: what somebody saw who chose it.
+    `sent_at` as in `SENT`.
     """
-    payload = {} if generation is None else {VERSION: generation}
+    payload = ({} if generation is None else {VERSION: generation}) | _sent(sent_at)
     return NewItem(name=document, task="delete", stage="embed", cost=ITEM_TOKENS, payload=payload)
+
+
+def _sent(sent_at: float | None) -> dict[str, float]:
+    return {} if sent_at is None else {SENT: sent_at}
 
 
 def content_sha256(served: Served, settings: Settings, document: Document) -> str:

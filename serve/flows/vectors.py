@@ -9,7 +9,7 @@ half-way, it must not have superseded a write that was accepted.
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from serve.config import Limits
@@ -62,6 +62,14 @@ class Fetched:
 
 
 @dataclass(frozen=True, slots=True)
+class _Granted:
+    """A vector and its record, with the generation that the Store granted."""
+
+    raw: RawVector
+    record: Record
+
+
+@dataclass(frozen=True, slots=True)
 class _Seen:
     """Generations by document, and whether more documents match."""
 
@@ -70,7 +78,7 @@ class _Seen:
 
 
 @dataclass(frozen=True, slots=True)
-class _Landed:
+class VectorsLanded:
     """Results by position, and the token of all that has landed."""
 
     results: Mapping[int, VectorResult]
@@ -134,12 +142,7 @@ class VectorFlow:
                 at: _failed(one) for at, one in found.items() if isinstance(one, ServiceError)
             }
             good = {at: one for at, one in found.items() if isinstance(one, RawVector)}
-            if good:
-                await check(self._upserter, caller.tenant)
-            writes = await self._granted(collection, good)
-            results |= {at: _failed(_taken(at)) for at in good.keys() - writes.keys()}
-            sender = Sender(caller.tenant, caller.weight)
-            landed = await self._landed(sender, collection, writes, until)
+            landed = await self.land(caller, collection, good, until)
         results |= landed.results
         ordered = [results[at] for at in range(len(sent))]
         done = sum(result.status == "indexed" for result in ordered)
@@ -157,6 +160,36 @@ class VectorFlow:
         waits_s = self._limits.bulk_deadline_s if until is None else until - self._clock()
         sees = await self._probes.sees(receipt.collection, receipt.token, waits_s)
         return "searchable" if sees else "indexed"
+
+    async def land(
+        self,
+        caller: Caller,
+        collection: Collection,
+        good: Mapping[int, RawVector],
+        until: float | None = None,
+    ) -> VectorsLanded:
+        """Write vectors that fit the collection, each id once; what became of them, by their numbers.
+
+        Raises as `write` does. Not charged: that is the caller's part.
+        """
+        if not good:
+            return VectorsLanded({}, None)
+        await check(self._upserter, caller.tenant)
+        names = [one.id for one in good.values()]
+        sent = [one.sent_at for one in good.values()]
+        granted = await self._store.grant_vectors(collection.uuid, names, sent)
+        results: dict[int, VectorResult] = {}
+        writes: dict[int, _Granted] = {}
+        for (at, one), generation in zip(good.items(), granted, strict=True):
+            if generation:
+                writes[at] = _Granted(one, _record(collection, one, generation))
+            elif generation is None:
+                results[at] = VectorResult("superseded")
+            else:
+                results[at] = _failed(_taken(one))
+        sender = Sender(caller.tenant, caller.weight)
+        landed = await self._landed(sender, collection, writes, until)
+        return replace(landed, results=results | landed.results)
 
     async def fetch(
         self, caller: Caller, name: str, ids: Sequence[str], until: float | None = None
@@ -211,27 +244,13 @@ class VectorFlow:
                     versions[record.document] = max(record.generation, known)
         return _Seen(versions, more=False)
 
-    async def _granted(
-        self, collection: Collection, good: Mapping[int, RawVector]
-    ) -> dict[int, Record]:
-        """Records with the generations that the Store grants; without those it does not."""
-        if not good:
-            return {}
-        names = [one.id for one in good.values()]
-        granted = await self._store.grant_vectors(collection.uuid, names)
-        return {
-            at: _record(collection, one, generation)
-            for (at, one), generation in zip(good.items(), granted, strict=True)
-            if generation
-        }
-
     async def _landed(
         self,
         sender: Sender,
         collection: Collection,
-        writes: Mapping[int, Record],
+        writes: Mapping[int, _Granted],
         until: float | None,
-    ) -> _Landed:
+    ) -> VectorsLanded:
         """Offer them, a bulk upsert's worth at a time.
 
         A fault is raised while nothing has landed; from then on it is the result of what has not.
@@ -242,17 +261,17 @@ class VectorFlow:
         for start in range(0, len(waiting), self._items_max):
             part = waiting[start : start + self._items_max]
             try:
-                some = [record for _, record in part]
+                some = [one.record for _, one in part]
                 outcomes = await self._offer(sender, collection, some, until)
             except ServiceError as error:
                 if not any(one.status == "indexed" for one in results.values()):
                     raise
                 results |= {at: _failed(error) for at, _ in waiting[start:]}
                 break
-            for (at, record), outcome in zip(part, outcomes, strict=True):
-                results[at] = _result(at, record.generation, outcome)
+            for (at, one), outcome in zip(part, outcomes, strict=True):
+                results[at] = _result(one, outcome)
             tokens += [outcome.token for outcome in outcomes]
-        return _Landed(results, latest(tokens))
+        return VectorsLanded(results, latest(tokens))
 
     async def _offer(
         self,
@@ -288,7 +307,7 @@ def _checked(
             found[at] = one
             continue
         try:
-            found[at] = _fitting(checked(one, f"vectors[{at}]", limits), at, collection)
+            found[at] = fitting(checked(one, f"vectors[{at}]", limits), collection)
         except BadInput as error:
             found[at] = error
         if first.setdefault(one.id, at) != at:
@@ -298,9 +317,9 @@ def _checked(
     return found
 
 
-def _fitting(raw: RawVector, at: int, collection: Collection) -> RawVector:
+def fitting(raw: RawVector, collection: Collection) -> RawVector:
     """Raises BadInput for a vector that cannot be compared with the collection's."""
-    param, count = f"vectors[{at}].vector", len(raw.vector)
+    param, count = f"{raw.param}.vector", len(raw.vector)
     if count != collection.dimensions:
         raise BadInput(
             f"It has {count} dimensions, the collection {collection.dimensions}.", param=param
@@ -325,14 +344,14 @@ def _record(collection: Collection, raw: RawVector, generation: int) -> Record:
     )
 
 
-def _result(at: int, generation: int, outcome: Outcome) -> VectorResult:
+def _result(one: _Granted, outcome: Outcome) -> VectorResult:
     if outcome.word == "landed":
-        return VectorResult("indexed", generation)
+        return VectorResult("indexed", one.record.generation)
     if outcome.word == "superseded":
-        return VectorResult("superseded", generation)
+        return VectorResult("superseded", one.record.generation)
     if outcome.word == "released":
         return _failed(_released())
-    return _failed(BadInput(f"The index refused it: {outcome.reason}", param=f"vectors[{at}]"))
+    return _failed(BadInput(f"The index refused it: {outcome.reason}", param=one.raw.param))
 
 
 def _failed(error: ServiceError) -> VectorResult:
@@ -343,9 +362,9 @@ def _released() -> IndexUnavailable:
     return IndexUnavailable("The index did not take it in time.", retry_after_s=1)
 
 
-def _taken(at: int) -> Conflict:
+def _taken(raw: RawVector) -> Conflict:
     return Conflict(
         "A document has this id, or is being deleted: delete it first, and wait for that.",
-        param=f"vectors[{at}].id",
+        param=f"{raw.param}.id",
         code="id_of_document",
     )

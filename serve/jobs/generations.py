@@ -2,9 +2,13 @@
 raised before a write lands and lowered only when a write has settled, so an interrupted write or
 delete is cleaned up by the next one. `sha256` is of what has landed, empty while something newer has
 been accepted, and `RAW` for a vector that its user computed.
+
+`sent_at` is when the last accepted write or delete was sent: its queue message's own time, else that of
+the Store when it was accepted. What was sent before that is older, however late it comes.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -30,8 +34,14 @@ _RAISE = (
         chunks_max=sa.bindparam("m"),
         tombstone=sa.bindparam("t"),
         sha256=sa.bindparam("h"),
+        sent_at=sa.bindparam("s"),
         updated_at=sa.bindparam("u"),
     )
+)
+_SENT = (
+    sa.update(documents)
+    .where(*_KEY, documents.c.sent_at < sa.bindparam("s"))
+    .values(sent_at=sa.bindparam("s"))
 )
 _WIDEN = (
     sa.update(documents)
@@ -69,6 +79,11 @@ class Known(NamedTuple):
     chunks_max: int
     tombstone: bool
     sha256: str
+    sent_at: float
+
+    def is_newer(self, sent_at: float | None) -> bool:
+        """Whether its last accepted write was sent after that; None: now."""
+        return sent_at is not None and sent_at < self.sent_at
 
 
 _INSERT = sa.insert(documents).inline()
@@ -107,28 +122,43 @@ def begin(
     the document did not exist, after an interrupted delete.
     """
     versions = [_next_write(write, there.get(write.document)) for write in writes]
+    sent = {one.document: one.sent_at for one in writes if one.sent_at is not None}
     new = [version for version in versions if version.document not in there]
     old = [version for version in versions if version.document in there]
-    fresh = [{**_fresh(collection, each, now), "sha256": sha256} for each in new]
+    fresh = [
+        {**_fresh(collection, each, now, sent.get(each.document)), "sha256": sha256} for each in new
+    ]
     execute(conn, _INSERT, fresh)
-    _raise(conn, collection, old, tombstone=False, sha256=sha256, now=now)
+    rows = [_raised(each, there[each.document], now, sent.get(each.document)) for each in old]
+    _raise(conn, collection, rows, tombstone=False, sha256=sha256, now=now)
     return versions
 
 
 def begin_raw(
-    conn: sa.Connection, collection: str, names: Sequence[str], now: float
-) -> Sequence[int]:
-    """A generation for a write of each raw vector, in order; 0 where the name is a document's.
+    conn: sa.Connection,
+    collection: str,
+    names: Sequence[str],
+    sent: Sequence[float | None],
+    now: float,
+) -> Sequence[int | None]:
+    """A generation for a write of each raw vector, in order; 0 where the name is a document's, None
+    where a write that was sent later has been accepted. `sent` has an entry a name; None: now.
 
     Such a write is no item: should it never land, it must not have superseded one that was accepted.
     So it takes a name that is new, another raw vector's, or free since a delete has settled.
     Raises NotFound (collection), BadInput (named twice).
     """
     there = known(conn, collection, names)
+    writes = [DocumentWrite(name, 1, at) for name, at in zip(names, sent, strict=True)]
+    granted: dict[str, int | None] = {
+        one.document: None
+        for one in writes
+        if one.document in there and there[one.document].is_newer(one.sent_at)
+    }
     taken = {name for name, row in there.items() if not _is_free(row)}
-    writes = [DocumentWrite(name, 1) for name in names if name not in taken]
-    versions = begin(conn, collection, writes, there, now, sha256=RAW)
-    granted = {version.document: version.generation for version in versions}
+    due = [one for one in writes if one.document not in granted.keys() | taken]
+    versions = begin(conn, collection, due, there, now, sha256=RAW)
+    granted |= {version.document: version.generation for version in versions}
     return [granted.get(name, 0) for name in names]
 
 
@@ -157,16 +187,35 @@ def delete(
     names: Sequence[str],
     there: Mapping[str, Known],
     now: float,
+    *,
+    sent: Mapping[str, float],
 ) -> Sequence[DocumentVersion]:
     """Accept a delete of each document; versions in the order of `names`. `there` is `known`.
 
     An unknown document gets generation 0. One that is deleted already gets a new generation and
-    keeps its `chunks_max`: repeating an interrupted delete finishes it.
+    keeps its `chunks_max`: repeating an interrupted delete finishes it. `sent` has the times of those
+    that do not count as sent now: of these an unknown one leaves a row, for what was sent before it.
     """
     versions = [_next_delete(name, there.get(name)) for name in names]
+    unseen = [each for each in versions if each.document in sent and each.document not in there]
+    marks = [
+        {
+            **_fresh(collection, replace(each, generation=1), now, sent[each.document]),
+            "sha256": "",
+            "tombstone": True,
+        }
+        for each in unseen
+    ]
+    execute(conn, _INSERT, marks)
     old = [version for version in versions if version.document in there]
-    _raise(conn, collection, old, tombstone=True, now=now)
+    rows = [_raised(each, there[each.document], now, sent.get(each.document)) for each in old]
+    _raise(conn, collection, rows, tombstone=True, now=now)
     return versions
+
+
+def note_sent(conn: sa.Connection, collection: str, sent: Mapping[str, float]) -> None:
+    """A write was accepted that changes nothing: what was sent before it is older all the same."""
+    execute(conn, _SENT, [{"c": collection, "d": name, "s": at} for name, at in sent.items()])
 
 
 def newer(conn: sa.Connection, collection: str, versions: Mapping[str, int]) -> frozenset[str]:
@@ -219,7 +268,9 @@ def _next_delete(name: str, row: Known | None) -> DocumentVersion:
     return DocumentVersion(name, row.generation + 1, row.chunks_max, existed=not row.tombstone)
 
 
-def _fresh(collection: str, version: DocumentVersion, now: float) -> dict[str, Any]:
+def _fresh(
+    collection: str, version: DocumentVersion, now: float, sent_at: float | None
+) -> dict[str, Any]:
     return {
         "collection": collection,
         "document": version.document,
@@ -227,25 +278,34 @@ def _fresh(collection: str, version: DocumentVersion, now: float) -> dict[str, A
         "chunks_max": version.chunks_max,
         "chunks": 0,
         "tombstone": False,
+        "sent_at": now if sent_at is None else sent_at,
         "updated_at": now,
+    }
+
+
+def _raised(
+    version: DocumentVersion, row: Known, now: float, sent_at: float | None
+) -> dict[str, Any]:
+    """The clock of a queue may be ahead of ours: the time never goes back."""
+    return {
+        "d": version.document,
+        "g": version.generation,
+        "m": version.chunks_max,
+        "s": max(now if sent_at is None else sent_at, row.sent_at),
     }
 
 
 def _raise(
     conn: sa.Connection,
     collection: str,
-    versions: Sequence[DocumentVersion],
+    rows: Sequence[dict[str, Any]],
     *,
     tombstone: bool,
     now: float,
     sha256: str = "",
 ) -> None:
     fixed = {"c": collection, "t": tombstone, "h": sha256, "u": now}
-    rows = [
-        {**fixed, "d": each.document, "g": each.generation, "m": each.chunks_max}
-        for each in versions
-    ]
-    execute(conn, _RAISE, rows)
+    execute(conn, _RAISE, [{**fixed, **row} for row in rows])
 
 
 def _rows(conn: sa.Connection, collection: str, names: Sequence[str]) -> dict[str, Known]:

@@ -254,9 +254,16 @@ class StoreOwner(
         """Deleted but not yet purged."""
         return await self._do(lambda conn, _now: catalog.deleted(conn))
 
-    async def grant_vectors(self, collection: str, names: Sequence[str]) -> Sequence[int]:
-        """A generation for each raw vector; 0 where the name is a document's. Raises NotFound."""
-        return await self._do(lambda conn, now: generations.begin_raw(conn, collection, names, now))
+    async def grant_vectors(
+        self, collection: str, names: Sequence[str], sent: Sequence[float | None]
+    ) -> Sequence[int | None]:
+        """A generation for each raw vector; 0: the name is a document's; None: it is older.
+
+        Raises NotFound.
+        """
+        return await self._do(
+            lambda conn, now: generations.begin_raw(conn, collection, names, sent, now)
+        )
 
     async def take_epoch(self, name: str, deploy_seq: int) -> int:
         """Become the writer `name`. Raises Fenced when a later deployment took it."""

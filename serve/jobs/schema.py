@@ -14,7 +14,7 @@ from serve.jobs.file_tables import files
 from serve.jobs.tables import audit, keys, metadata, store, usage_month
 
 
-VERSION = 5
+VERSION = 6
 
 
 def _added(table: str, *columns: str) -> list[sa.Executable]:
@@ -74,6 +74,7 @@ STEPS: Mapping[int, Sequence[sa.Executable]] = {
         ),
     ),
     5: (*_made(job_tables.tokens),),
+    6: (*_added("documents", "sent_at DOUBLE PRECISION DEFAULT 0 NOT NULL"),),
 }
 """What leads to each version from the one before. A table made here is made as it is now: when a
 later version changes it, write out here what it was, or its own step would be done twice. A test

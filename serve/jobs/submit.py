@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from serve.errors import Mismatch, QuotaExceeded
-from serve.items import VERSION, Accepted, Job, JobState, NewItem, Once
+from serve.items import SENT, VERSION, Accepted, Job, JobState, NewItem, Once
 from serve.jobs import generations, order, progress, tenants, tokens, webhook_rows
 from serve.jobs.book import Book, read
 from serve.jobs.job_tables import idempotency, items, job_totals, jobs
@@ -260,25 +260,33 @@ def _grant(book: Book, collection: str, rows: Sequence[dict[str, Any]]) -> list[
         return []
     conn, now = book.conn, book.now
     there = generations.known(conn, collection, [row["name"] for row in rows])
-    skipped, writes, deletes = [], [], []
+    skipped, writes, deletes, same = [], [], [], {}
     for row in rows:
-        known = there.get(row["name"])
-        if row["task"] == "delete":
+        known, sent_at = there.get(row["name"]), row["payload"].get(SENT)
+        if known is not None and known.is_newer(sent_at):
+            skipped.append(_skip(row, "superseded", known.generation))
+        elif row["task"] == "delete":
             if not _is_older(row, known):
                 deletes.append(row)
         elif known is not None and known.sha256 and known.sha256 == row["sha256"]:
             skipped.append(_skip(row, "unchanged", known.generation))
+            same[row["name"]] = now if sent_at is None else sent_at
         else:
             writes.append(row)
+    generations.note_sent(conn, collection, same)
     # Each input of a request is a chunk; those of a document are counted by its `prepare`.
-    asked = [DocumentWrite(row["name"], row["payload"].get("inputs", 0)) for row in writes]
+    asked = [
+        DocumentWrite(row["name"], row["payload"].get("inputs", 0), row["payload"].get(SENT))
+        for row in writes
+    ]
     for row, version in zip(
         writes, generations.begin(conn, collection, asked, there, now), strict=True
     ):
         row["generation"] = version.generation
     names = [row["name"] for row in deletes]
+    sent = {row["name"]: row["payload"][SENT] for row in deletes if SENT in row["payload"]}
     for row, version in zip(
-        deletes, generations.delete(conn, collection, names, there, now), strict=True
+        deletes, generations.delete(conn, collection, names, there, now, sent=sent), strict=True
     ):
         row["generation"] = version.generation
         row["payload"] = {"existed": version.existed or VERSION in row["payload"]}

@@ -134,6 +134,7 @@ documents = sa.Table(
     sa.Column("tombstone", sa.Boolean, nullable=False),
     sa.Column("updated_at", sa.Double, nullable=False),
     sa.Column("sha256", sa.String, nullable=False, server_default=""),
+    sa.Column("sent_at", sa.Double, nullable=False, server_default=sa.text("0")),
     # The key is most of the row: one tree instead of two. Other databases ignore the option.
     sqlite_with_rowid=False,
 )

@@ -54,6 +54,7 @@ from serve.flows.ingest import IngestFlow
 from serve.flows.jobs import JobFlow
 from serve.flows.models import Models
 from serve.flows.operators import OperatorFlow
+from serve.flows.queues import QueueFlow
 from serve.flows.receipts import ReceiptFlow
 from serve.flows.room import LANDING, away_s
 from serve.flows.search import SearchFlow
@@ -432,6 +433,15 @@ class Builder:
         feed = Feed(ports.store, self.clock)
         ingest = IngestFlow(context, collections, ports.store, feed, ports.probes)
         receipts = ReceiptFlow(context, collections, ports.store, feed, ports.probes)
+        vectors = VectorFlow(
+            context,
+            collections,
+            ports.store,
+            upserter=ports.upserter,
+            index=ports.index,
+            ingest=ingest,
+            probes=ports.probes,
+        )
         files = FileFlow(context, ports.store, ports.blobs)
 
         async def ready() -> dict[str, bool]:
@@ -445,15 +455,8 @@ class Builder:
             ingest,
             receipts,
             SearchFlow(context, collections, embed, ports.index, receipts),
-            VectorFlow(
-                context,
-                collections,
-                ports.store,
-                upserter=ports.upserter,
-                index=ports.index,
-                ingest=ingest,
-                probes=ports.probes,
-            ),
+            vectors,
+            QueueFlow(context, collections, ingest, vectors),
             ExportFlow(context, collections, ports.index),
             OperatorFlow(settings, ports.store, ports.store, self.wall),
             EraseFlow(

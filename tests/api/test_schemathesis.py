@@ -35,8 +35,8 @@ def http(served):
 @settings(max_examples=6, deadline=None)
 def test_made_up_requests(case, served, http):
     http.post("/v1/collections", json={"name": "books"})  # the last request may have deleted it
-    if "name" in case.path_parameters:
-        case.path_parameters["name"] = "books"
+    for word in case.path_parameters.keys() & {"name", "collection"}:
+        case.path_parameters[word] = "books"
     if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
         case.body["model"] = "plain"  # else nearly all of them end at an unknown model
     if str((case.headers or {}).get("x-deadline-ms", "x")).isdigit():

@@ -108,7 +108,7 @@ async def test_the_rest_goes_of_one_tenant(store):
 async def test_a_purge_says_how_many_documents_there_were(store):
     made = Collection(f"{next(_ops):032x}", "acme", "docs", "m", "r1", 4, 5.25)
     uuid = (await store.create_collection(op(), made)).uuid
-    await store.grant_vectors(uuid, ["a", "b", "c"])
+    await store.grant_vectors(uuid, ["a", "b", "c"], [None] * 3)
     job = Job(new_id("job", 5.25), "acme", "k", "documents", "bulk", 1.0, 5.25, collection=uuid)
     await store.submit_job(op(), job, [NewItem("c", "delete", "embed", 1.0, {})])
     await store.delete_collection(op(), "acme", "docs")

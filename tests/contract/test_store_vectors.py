@@ -1,5 +1,6 @@
 """What every Store promises of raw vectors: generations that never supersede an accepted item."""
 
+from collections.abc import Sequence
 from itertools import count
 
 import pytest
@@ -20,6 +21,10 @@ def op() -> str:
 async def uuid(store) -> str:
     made = Collection(f"{next(_ops):032x}", "acme", "docs", "m", "r1", 4, 5.25)
     return (await store.create_collection(op(), made)).uuid
+
+
+async def grant(store, uuid: str, names: Sequence[str]) -> Sequence[int | None]:
+    return await store.grant_vectors(uuid, names, [None] * len(names))
 
 
 async def accept(
@@ -49,40 +54,40 @@ async def states(store, job: str) -> dict[str, tuple[str, int]]:
 
 
 async def test_each_write_raises_the_generation(store, uuid):
-    assert await store.grant_vectors(uuid, ["a", "b"]) == [1, 1]
-    assert await store.grant_vectors(uuid, ["c", "a"]) == [1, 2]
+    assert await grant(store, uuid, ["a", "b"]) == [1, 1]
+    assert await grant(store, uuid, ["c", "a"]) == [1, 2]
     epoch = await store.take_epoch("w", 1)
     assert await store.superseded("w", epoch, uuid, {"a": 1, "b": 1, "c": 1}) == {"a"}
 
 
 async def test_the_id_of_a_document_is_not_granted(store, uuid):
     await accept(store, uuid, "a", "b")
-    assert await store.grant_vectors(uuid, ["a", "new"]) == [0, 1]
+    assert await grant(store, uuid, ["a", "new"]) == [0, 1]
     (item,) = (await store.claim("w", "embed", 1, 1e9, 0.0)).items
     assert not item.superseded
     await store.settle([Settlement(item.id, item.lease, "release")])
     await settle_all(store, 2)
-    assert await store.grant_vectors(uuid, ["a", "b"]) == [0, 0]  # nor once it has landed
+    assert await grant(store, uuid, ["a", "b"]) == [0, 0]  # nor once it has landed
 
 
 async def test_an_id_is_free_when_its_delete_has_settled_and_not_before(store, uuid):
     await accept(store, uuid, "a")
     await settle_all(store, 3)
     await accept(store, uuid, "a", task="delete")
-    assert await store.grant_vectors(uuid, ["a"]) == [0]
+    assert await grant(store, uuid, ["a"]) == [0]
     await settle_all(store, 0)
-    assert await store.grant_vectors(uuid, ["a"]) == [3]
+    assert await grant(store, uuid, ["a"]) == [3]
 
 
 async def test_a_document_takes_the_id_of_a_raw_vector_and_counts_its_chunk(store, uuid):
-    await store.grant_vectors(uuid, ["a", "b"])
+    await grant(store, uuid, ["a", "b"])
     job = await accept(store, uuid, "a")
     deleted = await accept(store, uuid, "b", task="delete")
     assert await states(store, job) == {"a": ("ready", 2)}
     assert await states(store, deleted) == {"b": ("ready", 2)}
     items = (await store.claim("w", "embed", 500, 1e9, 0.0)).items
     assert {item.name: item.chunks_max for item in items} == {"a": 1, "b": 1}
-    assert await store.grant_vectors(uuid, ["a", "b"]) == [0, 0]
+    assert await grant(store, uuid, ["a", "b"]) == [0, 0]
 
 
 async def test_a_document_is_written_anew_over_a_raw_vector_whatever_its_hash(store, uuid):
@@ -91,19 +96,19 @@ async def test_a_document_is_written_anew_over_a_raw_vector_whatever_its_hash(st
     assert await states(store, await accept(store, uuid, "a")) == {"a": ("skipped", 1)}
     await accept(store, uuid, "a", task="delete")
     await settle_all(store, 0)
-    await store.grant_vectors(uuid, ["a"])
+    await grant(store, uuid, ["a"])
     assert await states(store, await accept(store, uuid, "a")) == {"a": ("ready", 4)}
 
 
 async def test_nothing_is_granted_in_a_collection_that_is_gone(store, uuid):
     await store.delete_collection(op(), "acme", "docs")
     with pytest.raises(NotFound):
-        await store.grant_vectors(uuid, ["a"])
+        await grant(store, uuid, ["a"])
 
 
 async def test_an_id_is_there_once(store, uuid):
     with pytest.raises(BadInput):
-        await store.grant_vectors(uuid, ["a", "a"])
+        await grant(store, uuid, ["a", "a"])
 
 
 # Deletes of a version

@@ -83,7 +83,7 @@ def begin(conn: sa.Connection, step: Step) -> tuple[int, int]:
         write = DocumentWrite(step.document, step.chunks)
         (version,) = generations.begin(conn, COLLECTION.uuid, [write], there, 1.0)
     else:
-        (version,) = generations.delete(conn, COLLECTION.uuid, [step.document], there, 1.0)
+        (version,) = generations.delete(conn, COLLECTION.uuid, [step.document], there, 1.0, sent={})
     return version.generation, version.chunks_max
 
 
@@ -132,7 +132,7 @@ def test_one_call_for_many_is_many_calls_for_one(engine: sa.Engine, first, secon
                 told.extend(generations.begin(conn, COLLECTION.uuid, writes, there, 1.0))
         for call in [[name] for name in gone] if apart else [gone]:
             there = generations.known(conn, COLLECTION.uuid, call)
-            told.extend(generations.delete(conn, COLLECTION.uuid, call, there, 1.0))
+            told.extend(generations.delete(conn, COLLECTION.uuid, call, there, 1.0, sent={}))
         return told
 
     with fresh(engine) as conn:

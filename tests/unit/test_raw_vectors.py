@@ -108,7 +108,8 @@ class Answers:
     async def find(self, *_) -> Collection:
         return COLLECTION
 
-    async def grant_vectors(self, _: str, names: Sequence[str]) -> list[int]:
+    async def grant_vectors(self, _: str, names: Sequence[str], sent: Sequence[None]) -> list[int]:
+        assert list(sent) == [None] * len(names)
         self.grants.append(names)
         return [0 if name in self.taken else 7 for name in names]
 

@@ -1,0 +1,222 @@
+"""For `bench.landing`: documents through the whole service over HTTP, until a search finds them."""
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from bench import processes, texts
+from bench.load import Target
+from bench.report import percentile
+
+
+WATCHED_MAX = 50
+"""Documents that one search looks for: a filter has 64 conditions at most."""
+LOOK_PAUSE_S = 0.01
+POST_S = 120.0
+LOST_S = 300.0
+"""What is not found after this is lost."""
+MEMORY_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A trickle of single documents, then a burst in requests of many."""
+
+    trickle: int = 300
+    pace_s: float = 5.0
+    unmeasured: int = 5
+    burst: int = 25_000
+    request: int = 500
+    connections: int = 4
+    probes: int = 250
+
+
+class Watch:
+    """Searches for documents by their numbers, again and again, until each was found."""
+
+    def __init__(self, client: httpx.AsyncClient, name: str, dimensions: int) -> None:
+        self._client = client
+        self._path = f"/v1/collections/{name}/search"
+        self._vector = [1.0] + [0.0] * (dimensions - 1)
+        self._waiting: dict[int, float] = {}
+        self._woken = asyncio.Event()
+        self._done = asyncio.Event()
+        self.lags_s: dict[int, float] = {}
+
+    def expect(self, number: int, since: float) -> None:
+        """It was accepted then."""
+        self._waiting[number] = since
+        self._done.clear()
+        self._woken.set()
+
+    async def run(self) -> None:
+        """Look until cancelled, for those that wait longest first and for all of them in turn."""
+        while True:
+            while not self._waiting:
+                self._woken.clear()
+                await self._woken.wait()
+            waiting = list(self._waiting)
+            for start in range(0, len(waiting), WATCHED_MAX):
+                await self._look(waiting[start : start + WATCHED_MAX])
+            await asyncio.sleep(LOOK_PAUSE_S)
+
+    async def _look(self, numbers: Sequence[int]) -> None:
+        asked = {
+            "vector": self._vector,
+            "top_k": len(numbers),
+            "filter": {"number": {"$in": list(numbers)}},
+        }
+        answer = await self._client.post(self._path, json=asked)
+        answer.raise_for_status()
+        now = time.perf_counter()
+        for hit in answer.json()["data"]:
+            since = self._waiting.pop(hit["metadata"]["number"], None)
+            if since is not None:
+                self.lags_s[hit["metadata"]["number"]] = max(now - since, 0.0)
+        if not self._waiting:
+            self._done.set()
+
+    async def emptied(self) -> int:
+        """Wait until all were found; how many were not, in the end."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LOST_S):
+                await self._done.wait()
+        return len(self._waiting)
+
+
+@asynccontextmanager
+async def watching(target: Target, name: str) -> AsyncIterator[tuple[httpx.AsyncClient, Watch]]:
+    """A new collection, and who looks into it."""
+    base = target.url.rsplit("/v1/", 1)[0]
+    headers = {"authorization": f"Bearer {target.key}"}
+    async with httpx.AsyncClient(base_url=base, headers=headers, timeout=POST_S) as client:
+        made = await client.post("/v1/collections", json={"name": name, "model": target.model})
+        made.raise_for_status()
+        stats = (await client.get(f"/v1/collections/{name}/stats")).json()
+        watch = Watch(client, name, stats["dimensions"])
+        running = asyncio.create_task(watch.run())
+        try:
+            yield client, watch
+        finally:
+            running.cancel()
+            with suppress(asyncio.CancelledError):
+                await running
+
+
+async def _accepted(client: httpx.AsyncClient, name: str, numbered: Mapping[int, str]) -> float:
+    """Hand documents over; when they had been accepted."""
+    documents = [
+        {"id": f"d{number}", "text": text, "metadata": {"number": number}}
+        for number, text in numbered.items()
+    ]
+    path = f"/v1/collections/{name}/documents"
+    answer = await client.post(
+        path, params={"wait": "accepted"}, json={"documents": documents}, timeout=POST_S
+    )
+    answer.raise_for_status()
+    return time.perf_counter()
+
+
+async def trickle(target: Target, load: Load) -> dict[str, Any]:
+    """Single documents at a steady pace; milliseconds from each acceptance until it was found."""
+    count = load.trickle + load.unmeasured
+    texts_of = texts.shorts(count)
+    async with watching(target, "trickle") as (client, watch):
+
+        async def one(number: int) -> None:
+            watch.expect(number, await _accepted(client, "trickle", {number: texts_of[number]}))
+
+        async with asyncio.TaskGroup() as group:
+            for number in range(count):
+                group.create_task(one(number))
+                await asyncio.sleep(1 / load.pace_s)
+        lost = await watch.emptied()
+        lags = [lag for number, lag in watch.lags_s.items() if number >= load.unmeasured]
+    return {"documents": load.trickle, "pace_s": load.pace_s, "lag_ms": lags_ms(lags), "lost": lost}
+
+
+async def burst(target: Target, load: Load) -> dict[str, Any]:
+    """As many as the service takes; some of them are watched, all of them counted in the end."""
+    texts_of = texts.shorts(load.burst)
+    probes = set(random.Random(7).sample(range(load.burst), min(load.probes, load.burst)))
+    starts = list(reversed(range(0, load.burst, load.request)))
+    memory = Memory(target)
+    async with watching(target, "burst") as (client, watch):
+        began = time.perf_counter()
+
+        async def hand_over() -> None:
+            while starts:
+                start = starts.pop()
+                part = range(start, min(start + load.request, load.burst))
+                accepted = await _accepted(client, "burst", {n: texts_of[n] for n in part})
+                for number in sorted(probes.intersection(part)):
+                    watch.expect(number, accepted)
+
+        measuring = asyncio.create_task(memory.run())
+        async with asyncio.TaskGroup() as group:
+            for _ in range(load.connections):
+                group.create_task(hand_over())
+        accepted_s = time.perf_counter() - began
+        missing = await watch.emptied()
+        records = await _records(client, load.burst)
+        total_s = time.perf_counter() - began
+        measuring.cancel()
+        stats = (await client.get("/v1/stats")).json()
+    return {
+        "documents": load.burst,
+        "accepted_s": accepted_s,
+        "total_s": total_s,
+        "lag_ms": lags_ms(list(watch.lags_s.values())),
+        "lost": load.burst - records,
+        "probes_missing": missing,
+        "failed_items": stats["failed"],
+        **memory.shown(),
+    }
+
+
+async def _records(client: httpx.AsyncClient, wanted: int) -> int:
+    """What the index holds, once it is all or nothing more comes."""
+    until = time.perf_counter() + LOST_S
+    while True:
+        found = int((await client.get("/v1/collections/burst/stats")).json()["records"])
+        if found >= wanted or time.perf_counter() > until:
+            return found
+        await asyncio.sleep(0.2)
+
+
+class Memory:
+    """What the process that writes the index holds, looked at now and then."""
+
+    def __init__(self, target: Target) -> None:
+        every = [] if target.pid is None else [one.pid for one in processes.tree(target.pid)]
+        writers = [pid for pid in every if processes.role(pid) == "upserter"]
+        self._pid = next(iter(writers or every[:1]), None)
+        self._of = "upserter" if writers else "server"
+        self._seen: list[float] = []
+
+    async def run(self) -> None:
+        """Look until cancelled."""
+        while self._pid is not None:
+            held = processes.memory(self._pid)
+            if held is not None:
+                self._seen.append(held.rss_mb)
+            await asyncio.sleep(MEMORY_S)
+
+    def shown(self) -> dict[str, Any]:
+        """Resident mebibytes at the beginning and at most."""
+        if not self._seen:
+            return {}
+        return {f"{self._of}_mb": {"before": self._seen[0], "max": max(self._seen)}}
+
+
+def lags_ms(seconds: Sequence[float]) -> dict[str, float]:
+    """Of those that were found."""
+    return {f"p{part * 100:.0f}": percentile(seconds, part) * 1e3 for part in (0.5, 0.95, 0.99)} | {
+        "max": max(seconds) * 1e3
+    }
