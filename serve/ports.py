@@ -42,6 +42,8 @@ class Engine(Protocol):
     def forward(self, batch: Sequence[Input]) -> Vector:
         """Embed a batch: float32, shape (len(batch), dimensions), rows of unit length.
 
+        An engine of one dimension scores pairs instead: each row is a score from 0 to 1.
+
         Raises whatever the runtime raises; the batcher splits and retries.
         """
         ...
@@ -69,7 +71,10 @@ class Embedder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """Limits of an index backend. Vendors change theirs, so adapters take them from settings."""
+    """Limits of an index backend. Vendors change theirs, so adapters take them from settings.
+
+    `full_text`: whether it ranks by words, too (`TextIndex`).
+    """
 
     max_items: int
     max_bytes: int
@@ -77,6 +82,7 @@ class Capabilities:
     max_top_k: int
     consistency: Literal["strong", "token", "eventual"]
     single_writer: bool
+    full_text: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +141,20 @@ class VectorIndex(Protocol):
         ...
 
 
+class TextIndex(Protocol):
+    """The words of an index, where `caps.full_text` says that it has them."""
+
+    async def match(
+        self, ns: str, text: str, top_k: int, where: Filter | None = None, /
+    ) -> Sequence[Hit]:
+        """The `top_k` whose text holds a word of `text` and that satisfy `where`, by BM25; ties by id.
+
+        `text` is nothing but words (`serve.index.full_text`); without any, no hits. Raises BadInput
+        (mode) without full text, IndexUnavailable.
+        """
+        ...
+
+
 class IndexAdmin(Protocol):
     """The other callers' side of the same object."""
 
@@ -163,8 +183,8 @@ class IndexAdmin(Protocol):
         ...
 
 
-class Index(VectorIndex, IndexAdmin, Protocol):
-    """Both sides, as an adapter implements them."""
+class Index(VectorIndex, TextIndex, IndexAdmin, Protocol):
+    """All sides, as an adapter implements them."""
 
 
 class Upserter(Protocol):
