@@ -36,6 +36,7 @@ from serve.flows.ingest import IngestFlow
 from serve.flows.jobs import JobFlow
 from serve.flows.models import Models
 from serve.flows.operators import OperatorFlow
+from serve.flows.rerank import RerankFlow
 from serve.flows.search import SearchFlow
 from serve.flows.streams import Streams
 from serve.flows.usage import UsageFlow
@@ -99,6 +100,7 @@ class Ingress:
             time.time,
         )
         embed = EmbedFlow(context, kept_bytes_max=settings.cache.bytes_max)
+        rerank = RerankFlow(context, embed)
         collections = CollectionFlow(context, self._store, self._upserter)
         ingest = IngestFlow(context, collections, self._store, self._feed)
         queues = LedgerPort(settings)
@@ -110,7 +112,8 @@ class Ingress:
             embed,
             collections,
             ingest,
-            SearchFlow(context, collections, embed, index),
+            SearchFlow(context, collections, embed, rerank, index),
+            rerank,
             VectorFlow(
                 context,
                 collections,

@@ -43,6 +43,7 @@ from serve.flows.ingest import IngestFlow
 from serve.flows.jobs import JobFlow
 from serve.flows.models import Models
 from serve.flows.operators import OperatorFlow
+from serve.flows.rerank import RerankFlow
 from serve.flows.search import SearchFlow
 from serve.flows.streams import Streams
 from serve.flows.usage import UsageFlow
@@ -140,6 +141,7 @@ class Ceiling:
             time.time,
         )
         embed = EmbedFlow(context, kept_bytes_max=settings.cache.bytes_max)
+        rerank = RerankFlow(context, embed)
         collections = CollectionFlow(context, store, self._writer)
         ingest = IngestFlow(context, collections, store, self._feed)
         blobs = LocalBlobs(Path(settings.data_dir) / settings.files.folder)
@@ -150,7 +152,8 @@ class Ceiling:
             embed,
             collections,
             ingest,
-            SearchFlow(context, collections, embed, self._index),
+            SearchFlow(context, collections, embed, rerank, self._index),
+            rerank,
             VectorFlow(
                 context, collections, store, upserter=self._writer, index=self._index, ingest=ingest
             ),

@@ -19,6 +19,7 @@ from serve.api import (
     job_events,
     jobs,
     models,
+    rerank,
     search,
     usage,
     vectors,
@@ -36,6 +37,7 @@ from serve.records import Klass
 CHARGED: tuple[tuple[APIRouter, Klass], ...] = (
     (embeddings.router, "interactive"),
     (search.router, "interactive"),
+    (rerank.router, "interactive"),
     (documents.router, "bulk"),
     (vectors.router, "bulk"),
     (exports.router, "bulk"),

@@ -25,6 +25,7 @@ from serve.flows.files import FileFlow
 from serve.flows.ingest import IngestFlow
 from serve.flows.jobs import JobFlow
 from serve.flows.operators import OperatorFlow
+from serve.flows.rerank import RerankFlow
 from serve.flows.search import SearchFlow
 from serve.flows.streams import Streams
 from serve.flows.usage import UsageFlow
@@ -43,6 +44,7 @@ class Service:
     collections: CollectionFlow
     ingest: IngestFlow
     search: SearchFlow
+    rerank: RerankFlow
     vectors: VectorFlow
     exports: ExportFlow
     operators: OperatorFlow

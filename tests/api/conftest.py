@@ -54,6 +54,7 @@ from serve.flows.ingest import IngestFlow
 from serve.flows.jobs import JobFlow
 from serve.flows.models import Models
 from serve.flows.operators import OperatorFlow
+from serve.flows.rerank import RerankFlow
 from serve.flows.search import SearchFlow
 from serve.flows.streams import Streams
 from serve.flows.usage import UsageFlow
@@ -412,6 +413,7 @@ class Builder:
             self.wall,
         )
         embed = EmbedFlow(context, kept_bytes_max=settings.cache.bytes_max)
+        rerank = RerankFlow(context, embed)
         collections = CollectionFlow(context, ports.store, ports.upserter)
         feed = Feed(ports.store, self.clock)
         ingest = IngestFlow(context, collections, ports.store, feed)
@@ -426,7 +428,8 @@ class Builder:
             embed,
             collections,
             ingest,
-            SearchFlow(context, collections, embed, ports.index),
+            SearchFlow(context, collections, embed, rerank, ports.index),
+            rerank,
             VectorFlow(
                 context,
                 collections,
