@@ -45,6 +45,7 @@ class CrossEncoderEngine:
 
     accepts: frozenset[InputKind] = frozenset({"ids"})
     dimensions = 1
+    row_tokens = 0
 
     def __init__(self, model: Model, folder: Path, *, device: str, threads: int) -> None:
         torch.set_num_threads(threads)
