@@ -28,5 +28,8 @@ class Search(Section):
         description="Hits that a search reranks, unless it says how many, or `top_k` is more.",
     )
     words_max: int = Field(
-        256, ge=1, le=10_000, description="Different words of the text of a text or hybrid search."
+        256,
+        ge=1,
+        le=10_000,
+        description="Different words of the text of a text or hybrid search; 64 characters for each.",
     )

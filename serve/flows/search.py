@@ -15,7 +15,7 @@ from serve.flows.fusion import fuse
 from serve.flows.models import Served
 from serve.flows.rerank import RerankFlow, RerankRequest
 from serve.index.filters import parse
-from serve.index.full_text import unsupported, words
+from serve.index.full_text import WORD_BYTES_MAX, unsupported, words
 from serve.ports import Index
 from serve.records import Caller, Collection, Filter, Hit, Mode, Vector
 
@@ -123,11 +123,7 @@ class SearchFlow:
         if request.mode != "vector":
             if not self._index.caps.full_text:
                 raise unsupported()
-            if len(set(words(request.text or ""))) > search.words_max:
-                raise BadInput(
-                    f"text may have {search.words_max} different words in mode {request.mode}.",
-                    param="text",
-                )
+            _check_words(request.text or "", search.words_max)
         where = None
         if request.where is not None:
             where = parse(request.where, terms_max=limits.filter_terms_max)
@@ -207,6 +203,16 @@ class SearchFlow:
             found = await self._answer(work, collection, plan, reply.vectors[0])
         own = Timing(tokenise_ms, reply.queue_ms, reply.infer_ms)
         return Found(found.hits, tokens + found.tokens, own.then(found.timing))
+
+
+def _check_words(text: str, words_max: int) -> None:
+    """Raises BadInput for more than an index is to look for; long texts are not even read."""
+    chars_max = words_max * WORD_BYTES_MAX
+    if len(text) > chars_max or len(set(words(text))) > words_max:
+        raise BadInput(
+            f"To search by words text may have {words_max} different words and {chars_max} characters.",
+            param="text",
+        )
 
 
 def _unit(values: Sequence[float], dimensions: int) -> Vector:

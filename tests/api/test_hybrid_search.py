@@ -112,8 +112,9 @@ async def test_the_settings_bound_candidates_and_words(start):
     assert len(await names(client, mode="hybrid", text="quokkas at noon", top_k=4)) == 4
     for mode in ("text", "hybrid"):
         await found(client, mode=mode, text="a a b b c c")
-        refused = await problem(client, mode=mode, text="a b c d")
-        assert (refused["param"], refused["code"]) == ("text", "invalid_request")
+        for text in ("a b c d", "a" * 193):
+            refused = await problem(client, mode=mode, text=text)
+            assert (refused["param"], refused["code"]) == ("text", "invalid_request")
     assert len(await names(client, text="a b c d e")) == 4
 
 
