@@ -39,6 +39,7 @@ from serve.flows.models import Models
 from serve.flows.operators import OperatorFlow
 from serve.flows.queues import QueueFlow
 from serve.flows.receipts import ReceiptFlow
+from serve.flows.rerank import RerankFlow
 from serve.flows.room import away_s
 from serve.flows.search import SearchFlow
 from serve.flows.streams import Streams
@@ -109,6 +110,7 @@ class Ingress:
     def _wire(self, settings: Settings, index: Index) -> Service:
         context = self._context(settings)
         embed = EmbedFlow(context, kept_bytes_max=settings.cache.bytes_max)
+        rerank = RerankFlow(context, embed)
         collections = CollectionFlow(context, self._store, self._upserter)
         ingest = IngestFlow(context, collections, self._store, self._feed, self._probes)
         receipts = ReceiptFlow(context, collections, self._store, self._feed, self._probes)
@@ -131,7 +133,8 @@ class Ingress:
             collections,
             ingest,
             receipts,
-            SearchFlow(context, collections, embed, index, receipts),
+            SearchFlow(context, collections, embed, rerank, index, receipts),
+            rerank,
             vectors,
             QueueFlow(context, collections, ingest, vectors),
             ExportFlow(context, collections, index),

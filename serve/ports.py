@@ -46,6 +46,8 @@ class Engine(Protocol):
     def forward(self, batch: Sequence[Input]) -> Vector:
         """Embed a batch: float32, shape (len(batch), dimensions), rows of unit length.
 
+        An engine of one dimension scores pairs instead: each row is a score from 0 to 1.
+
         Raises whatever the runtime raises; the batcher splits and retries.
         """
         ...
@@ -83,7 +85,8 @@ class Rates:
 class Capabilities:
     """Limits of an index backend. Vendors change theirs, so adapters take them from settings.
 
-    `upserts` and `deletes` are what one namespace takes.
+    `upserts` and `deletes` are what one namespace takes, `full_text` is whether it ranks by words, too
+    (`TextIndex`).
     """
 
     max_items: int
@@ -94,6 +97,7 @@ class Capabilities:
     single_writer: bool
     upserts: Rates = Rates()
     deletes: Rates = Rates()
+    full_text: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +157,20 @@ class VectorIndex(Protocol):
         ...
 
 
+class TextIndex(Protocol):
+    """The words of an index, where `caps.full_text` says that it has them."""
+
+    async def match(
+        self, ns: str, text: str, top_k: int, where: Filter | None = None, /
+    ) -> Sequence[Hit]:
+        """The `top_k` whose text holds a word of `text` and that satisfy `where`, by BM25; ties by id.
+
+        `text` is nothing but words (`serve.index.full_text`); without any, no hits. Raises BadInput
+        (mode) without full text, IndexUnavailable.
+        """
+        ...
+
+
 class IndexAdmin(Protocol):
     """The other callers' side of the same object."""
 
@@ -181,8 +199,8 @@ class IndexAdmin(Protocol):
         ...
 
 
-class Index(VectorIndex, IndexAdmin, Protocol):
-    """Both sides, as an adapter implements them."""
+class Index(VectorIndex, TextIndex, IndexAdmin, Protocol):
+    """All sides, as an adapter implements them."""
 
 
 class Upserter(Protocol):

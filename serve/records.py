@@ -18,6 +18,9 @@ Vector = NDArray[np.float32]
 TokenIds = NDArray[np.int32]
 
 Klass = Literal["interactive", "bulk"]
+Mode = Literal["vector", "text", "hybrid"]
+"""What a search ranks by: nearness of vectors, words, or both."""
+
 KLASSES: tuple[Klass, ...] = ("interactive", "bulk")
 
 InputKind = Literal["ids", "text", "image", "pair"]
@@ -378,7 +381,7 @@ Filter = Condition | Every | Some
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A search result. `score` is the cosine similarity, -1..1."""
+    """A search result. `score` is the cosine similarity, -1..1, where vectors were compared."""
 
     record: Record
     score: float

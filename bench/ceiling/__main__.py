@@ -45,6 +45,7 @@ from serve.flows.models import Models
 from serve.flows.operators import OperatorFlow
 from serve.flows.queues import QueueFlow
 from serve.flows.receipts import ReceiptFlow
+from serve.flows.rerank import RerankFlow
 from serve.flows.room import LANDING, away_s
 from serve.flows.search import SearchFlow
 from serve.flows.streams import Streams
@@ -149,6 +150,7 @@ class Ceiling:
             time.time,
         )
         embed = EmbedFlow(context, kept_bytes_max=settings.cache.bytes_max)
+        rerank = RerankFlow(context, embed)
         collections = CollectionFlow(context, store, self._upserter)
         ingest = IngestFlow(context, collections, store, self._feed, self._probes)
         receipts = ReceiptFlow(context, collections, store, self._feed, self._probes)
@@ -170,7 +172,8 @@ class Ceiling:
             collections,
             ingest,
             receipts,
-            SearchFlow(context, collections, embed, self._index, receipts),
+            SearchFlow(context, collections, embed, rerank, self._index, receipts),
+            rerank,
             vectors,
             QueueFlow(context, collections, ingest, vectors),
             ExportFlow(context, collections, self._index),

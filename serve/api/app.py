@@ -21,6 +21,7 @@ from serve.api import (
     models,
     queues,
     receipts,
+    rerank,
     search,
     usage,
     vectors,
@@ -38,6 +39,7 @@ from serve.records import Klass
 CHARGED: tuple[tuple[APIRouter, Klass], ...] = (
     (embeddings.router, "interactive"),
     (search.router, "interactive"),
+    (rerank.router, "interactive"),
     (documents.router, "bulk"),
     (vectors.router, "bulk"),
     (queues.router, "bulk"),

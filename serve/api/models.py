@@ -23,7 +23,7 @@ async def list_models(ask: Asked) -> Response:
 @router.get("/v1/models/{model_id:path}", responses={200: {"model": ModelShown}})
 async def one_model(model_id: str, ask: Asked) -> Response:
     """One model; ids may contain slashes."""
-    return reply(_shown(ask.service.context.models.find(model_id)))
+    return reply(_shown(ask.service.context.models.find(model_id, kind=None)))
 
 
 def _shown(served: models.Served) -> dict[str, Any]:
@@ -34,6 +34,7 @@ def _shown(served: models.Served) -> dict[str, Any]:
         "object": "model",
         "created": model.created,
         "owned_by": model.owned_by,
+        "kind": model.kind,
         "dimensions": model.dimensions,
         "max_tokens": served.tokens_max,
         "matryoshka": model.matryoshka,

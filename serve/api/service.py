@@ -27,6 +27,7 @@ from serve.flows.jobs import JobFlow
 from serve.flows.operators import OperatorFlow
 from serve.flows.queues import QueueFlow
 from serve.flows.receipts import ReceiptFlow
+from serve.flows.rerank import RerankFlow
 from serve.flows.search import SearchFlow
 from serve.flows.streams import Streams
 from serve.flows.usage import UsageFlow
@@ -46,6 +47,7 @@ class Service:
     ingest: IngestFlow
     receipts: ReceiptFlow
     search: SearchFlow
+    rerank: RerankFlow
     vectors: VectorFlow
     queues: QueueFlow
     exports: ExportFlow

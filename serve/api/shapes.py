@@ -81,6 +81,7 @@ class ModelShown(Shape):
     object: Literal["model"]
     created: int
     owned_by: str
+    kind: Literal["embedding", "reranker"]
     dimensions: int
     max_tokens: int
     matryoshka: bool
@@ -183,26 +184,6 @@ class DocumentsAccepted(Receipt):
     detail: str
     data: list[DocumentShown] | None = None
     has_more: bool | None = None
-
-
-class SearchHit(Shape):
-    """A chunk; `text == document[start:end]`, `score` is the cosine similarity."""
-
-    document: str
-    score: float
-    chunk: int
-    text: str
-    start: int
-    end: int
-    metadata: dict[str, Any]
-
-
-class SearchList(Shape):
-    """The nearest chunks, best first."""
-
-    object: Literal["list"]
-    data: list[SearchHit]
-    usage: Usage
 
 
 class UsageRowShown(Shape):

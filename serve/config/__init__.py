@@ -18,6 +18,7 @@ from serve.config.embedding import (
     Cache,
     Chunking,
     Model,
+    ModelKind,
     Pool,
     Precision,
     default_pools,
@@ -25,6 +26,7 @@ from serve.config.embedding import (
 from serve.config.index import Buffer, Index
 from serve.config.jobs import Files, Jobs, Store
 from serve.config.processes import Actors, Ingress, Worker
+from serve.config.search import Search
 from serve.section import Section
 
 
@@ -43,8 +45,10 @@ __all__ = [
     "Ledger",
     "Limits",
     "Model",
+    "ModelKind",
     "Pool",
     "Precision",
+    "Search",
     "Settings",
     "Store",
     "Webhooks",
@@ -70,6 +74,7 @@ class Settings(Section):
     cache: Cache = Field(default=Cache(), description="What is not computed twice.")
     chunking: Chunking = Field(default=Chunking(), description="How documents are cut.")
     index: Index = Field(default=Index(), description="Where vectors land.")
+    search: Search = Field(default=Search(), description="How searches rank.")
     buffer: Buffer = Field(default=Buffer(), description="How writes wait for a bulk upsert.")
     store: Store = Field(default=Store(), description="The SQL store.")
     jobs: Jobs = Field(default=Jobs(), description="Durable jobs.")
@@ -90,6 +95,13 @@ class Settings(Section):
             if len(set(names)) != len(names):
                 message = f"{word} names must be unique: {names}"
                 raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
+    def _something_embeds(self) -> Self:
+        if all(model.kind == "reranker" for model in self.models.values()):
+            message = "at least one model must be of kind `embedding`"
+            raise ValueError(message)
         return self
 
     @model_validator(mode="after")

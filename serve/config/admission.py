@@ -55,6 +55,9 @@ class Limits(Section):
         le=10**6,
         description="Longest delay that a queue is told to retry a message after (Cloudflare: 43,200).",
     )
+    rerank_documents_max: int = Field(
+        1000, ge=1, le=10_000, description="Documents of one rerank request, or of a search's."
+    )
     collections_max: int = Field(1000, ge=1, le=100_000, description="Collections of one tenant.")
     top_k_max: int = Field(1000, ge=1, le=10_000, description="Results of one search.")
     filter_terms_max: int = Field(64, ge=1, le=1024, description="Conditions in one filter.")

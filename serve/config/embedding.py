@@ -10,6 +10,8 @@ from serve.section import Name, Section
 
 Precision = Literal["auto", "float32", "float16", "bfloat16", "int8"]
 
+ModelKind = Literal["embedding", "reranker"]
+
 PRECISIONS: Mapping[str, frozenset[Precision]] = {
     "onnx": frozenset({"auto", "float32", "bfloat16", "int8"}),
     "sentence_transformers": frozenset({"auto", "float32", "float16", "bfloat16"}),
@@ -25,6 +27,11 @@ class Model(Section):
     """One model: where its files are, what they must hash to, and what it can do."""
 
     id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$", description="Name in the API.")
+    kind: ModelKind = Field(
+        "embedding",
+        description="What it makes of an input: a vector, or, as a cross-encoder of one label, a score of how "
+        "well a text answers a query (`POST /v1/rerank`).",
+    )
     engine: Literal["onnx", "sentence_transformers", "fake"] = Field(
         "sentence_transformers",
         description="What runs it: `onnx` is a graph, on CPUs only, that is made of the model at the first "
@@ -54,7 +61,9 @@ class Model(Section):
         pattern=r"^([0-9a-f]{64})?$",
         description="SHA-256 of the weights file; the model is refused when it differs.",
     )
-    dimensions: int = Field(ge=1, le=20_000, description="Length of its vectors.")
+    dimensions: int = Field(
+        ge=1, le=20_000, description="Length of its vectors; 1 for a reranker: its score."
+    )
     tokens_max: int = Field(
         ge=8, le=131072, description="Longest input in tokens, special tokens included."
     )
@@ -106,6 +115,16 @@ class Model(Section):
         if self.precision not in PRECISIONS[self.engine]:
             words = ", ".join(sorted(PRECISIONS[self.engine]))
             message = f"model {self.id}: engine {self.engine} computes in {words}"
+            raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
+    def _a_reranker_scores(self) -> Self:
+        if (self.kind == "reranker") != (self.dimensions == 1):
+            message = f"model {self.id}: dimensions is 1 for a reranker, and more for vectors"
+            raise ValueError(message)
+        if self.kind == "reranker" and self.engine == "onnx":
+            message = f"model {self.id}: a reranker runs by engine sentence_transformers"
             raise ValueError(message)
         return self
 

@@ -60,11 +60,15 @@ def _fake(model: Model, _: PoolSettings) -> Engine:
 
 
 def _sentence_transformers(model: Model, settings: PoolSettings) -> Engine:
-    from serve.embedding.sentence_transformers import (  # noqa: PLC0415  10 s to import
+    from serve.embedding.cross_encoder import (  # noqa: PLC0415  10 s to import
+        CrossEncoderEngine,
+    )
+    from serve.embedding.sentence_transformers import (  # noqa: PLC0415
         SentenceTransformersEngine,
     )
 
-    return SentenceTransformersEngine(
+    made = CrossEncoderEngine if model.kind == "reranker" else SentenceTransformersEngine
+    return made(
         model,
         model_folder(model),
         device="cuda" if settings.gpus > 0 else "cpu",
@@ -139,7 +143,7 @@ def import_runtime(builder: Builder, model: Model) -> None:
     """
     names = []
     if builder is _sentence_transformers:
-        names.append("serve.embedding.sentence_transformers")
+        names.append("serve.embedding.cross_encoder")
     elif builder is _onnx:
         names.append("serve.embedding.onnx")
         if in_bfloat16(model):

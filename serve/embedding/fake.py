@@ -1,7 +1,8 @@
 """A simulated device: arithmetic instead of a model, for tests and benchmarks of everything else.
 
 It measures nothing about real models. Its vectors are hashed trigrams of token ids, so texts that
-share words are nearer to each other than texts that do not, which is all that its "meaning" is.
+share words are nearer to each other than texts that do not, which is all that its "meaning" is. As a
+reranker it says how many of the query's trigrams the text has.
 """
 
 import hashlib
@@ -21,6 +22,9 @@ from serve.records import Input, InputKind, TokenIds, Vector
 # Odd 64-bit constants (multiply-xorshift hashing); their values only have to stay the same.
 MULTIPLIERS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64)
 MIXER = np.uint64(0xFF51AFD7ED558CCD)
+PAIR_END = 257
+"""What ends the query of a pair, and the pair: the second special token of `Tokenizer`."""
+
 TINT = 0.05
 """Weight of the part that is unique to an input: no two texts are equal, none is zero."""
 
@@ -67,7 +71,7 @@ class FakeEngine:
         self._fail(rows, padded)
         vectors = np.zeros((len(rows), self.dimensions), np.float32)
         for position, ids in enumerate(rows):
-            vectors[position] = _embed(ids.astype("<i4").tobytes(), self.dimensions)
+            vectors[position] = self._row(ids)
             if self._faults.not_finite and tuple(ids.tolist()) in self._faults.not_finite:
                 vectors[position, 0] = np.nan
         return vectors[: len(rows) - self._faults.rows_lost]
@@ -75,6 +79,11 @@ class FakeEngine:
     def close(self) -> None:
         """Give the simulated weights back."""
         self._ballast = np.ones(0, np.uint8)
+
+    def _row(self, ids: TokenIds) -> Vector | float:
+        if self._model.kind == "reranker":
+            return _relevance(ids)
+        return _embed(ids.astype("<i4").tobytes(), self.dimensions)
 
     def _work(self, padded: int) -> None:
         busy_ms = self._model.fake_ms_per_batch + self._model.fake_ms_per_token * padded
@@ -112,6 +121,15 @@ def _embed(raw: bytes, dimensions: int) -> Vector:
         vector += counts / max(float(np.linalg.norm(counts)), 1.0)
     unit: Vector = (vector / np.linalg.norm(vector)).astype(np.float32)
     return unit
+
+
+def _relevance(ids: TokenIds) -> float:
+    """The share of the query's trigrams that stand in the text, too; 0 where it has none."""
+    ends = np.flatnonzero(ids == PAIR_END)
+    middle = int(ends[0]) if ends.size else len(ids)
+    asked = set(_trigrams(ids[1:middle]).tolist())
+    held = set(_trigrams(ids[middle + 1 : -1]).tolist())
+    return len(asked & held) / max(1, len(asked))
 
 
 def _trigrams(ids: TokenIds) -> NDArray[np.uint64]:

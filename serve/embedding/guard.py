@@ -16,7 +16,7 @@ NORM_ERROR_MAX = 1e-3
 def checked(engine: Engine, batch: Sequence[Input]) -> tuple[Vector, frozenset[int]]:
     """Run a batch; the vectors, and the rows that hold no usable vector (zeroed).
 
-    A row is unusable when it is not finite or not of unit length. Raises Internal when the engine
+    A row is unusable when it is not finite or, unless it is a score, not of unit length. Raises Internal when the engine
     broke its contract for the whole batch (rows, dimensions, dtype), and whatever it raises.
     """
     vectors = engine.forward(batch)
@@ -25,8 +25,11 @@ def checked(engine: Engine, batch: Sequence[Input]) -> tuple[Vector, frozenset[i
         raise Internal(
             f"The engine returned {vectors.dtype} {vectors.shape} instead of float32 {wanted}."
         )
-    norms = np.linalg.norm(vectors, axis=1)
-    bad = np.flatnonzero(~(np.abs(norms - 1) <= NORM_ERROR_MAX))  # NaN compares as false
+    if engine.dimensions == 1:
+        bad = np.flatnonzero(~np.isfinite(vectors[:, 0]))
+    else:
+        norms = np.linalg.norm(vectors, axis=1)
+        bad = np.flatnonzero(~(np.abs(norms - 1) <= NORM_ERROR_MAX))  # NaN compares as false
     if bad.size:
         vectors = vectors.copy()
         vectors[bad] = 0

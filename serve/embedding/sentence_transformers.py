@@ -105,7 +105,7 @@ class SentenceTransformersEngine:
 
     def __init__(self, model: Model, folder: Path, *, device: str, threads: int) -> None:
         torch.set_num_threads(threads)
-        capability = _capability(model, device)
+        capability = capability_of(model, device)
         dtype = dtype_of(model.precision, capability)
         inner = _load(model, folder, device, dtype, flash=flash_fits(dtype, capability))
         self.dimensions = model.dimensions
@@ -117,7 +117,7 @@ class SentenceTransformersEngine:
         tokenizer = inner.tokenizer
         self.rows = Rows(
             model,
-            vocab_size=_embedding_rows(model, inner),
+            vocab_size=embedding_rows(model, inner.transformers_model),
             pad_id=tokenizer.pad_token_id or 0,
             pad_left=tokenizer.padding_side == "left",
         )
@@ -160,28 +160,21 @@ class SentenceTransformersEngine:
 
     def _padded(self, batch: Sequence[Input]) -> dict[str, Any]:
         ids, mask = self.rows.padded(batch)
-        return {"input_ids": self._moved(ids), "attention_mask": self._moved(mask)}
+        return {"input_ids": moved(ids, self._device), "attention_mask": moved(mask, self._device)}
 
     def _in_one_row(self, batch: Sequence[Input]) -> dict[str, Any]:
         """The names that transformers gives to the parts of a batch in one row."""
         flat = self.rows.flat(batch)
-        starts = self._moved(flat.starts)
+        starts = moved(flat.starts, self._device)
         return {
-            "input_ids": self._moved(flat.ids),
-            "position_ids": self._moved(flat.positions + self._position_first),
-            "seq_idx": self._moved(flat.members),
+            "input_ids": moved(flat.ids, self._device),
+            "position_ids": moved(flat.positions + self._position_first, self._device),
+            "seq_idx": moved(flat.members, self._device),
             "cu_seq_lens_q": starts,
             "cu_seq_lens_k": starts,
             "max_length_q": flat.longest,
             "max_length_k": flat.longest,
         }
-
-    def _moved(self, part: NDArray[Any]) -> torch.Tensor:
-        """On the device; from pinned memory, which a GPU reads while the CPU goes on."""
-        tensor = torch.from_numpy(part)
-        if self._device == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self._device, non_blocking=True)
 
     def close(self) -> None:
         """Drop the weights, and give a GPU's memory back to others."""
@@ -190,7 +183,16 @@ class SentenceTransformersEngine:
             torch.cuda.empty_cache()
 
 
-def _capability(model: Model, device: str) -> tuple[int, int] | None:
+def moved(part: NDArray[Any], device: str) -> torch.Tensor:
+    """On the device; from pinned memory, which a GPU reads while the CPU goes on."""
+    tensor = torch.from_numpy(part)
+    if device == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def capability_of(model: Model, device: str) -> tuple[int, int] | None:
+    """Compute capability of a GPU; None on a CPU. Raises ModelUnavailable when torch sees no GPU."""
     if device == "cpu":
         return None
     if not torch.cuda.is_available():
@@ -251,9 +253,11 @@ def _check(model: Model, inner: SentenceTransformer) -> None:
         )
 
 
-def _embedding_rows(model: Model, inner: SentenceTransformer) -> int:
-    """How many token ids the model itself knows; its tokenizer may know fewer."""
-    transformer = inner.transformers_model
+def embedding_rows(model: Model, transformer: Any) -> int:
+    """How many token ids the model itself knows; its tokenizer may know fewer.
+
+    Raises ModelUnavailable when it knows none.
+    """
     table = transformer.get_input_embeddings() if transformer is not None else None
     if not isinstance(table, torch.nn.Embedding):
         raise ModelUnavailable(f"Model {model.id}: it is not a text transformer.")

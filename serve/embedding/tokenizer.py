@@ -42,6 +42,8 @@ class Tokenizer:
         first, last = mask.index(0), len(mask) - 1 - mask[::-1].index(0)
         self._opening, self._closing = ids[:first], ids[last + 1 :]
         self.special_tokens = len(self._opening) + len(self._closing)
+        pair = inner.encode("a", "a").special_tokens_mask
+        self._closing_a_pair = pair[::-1].index(0)
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
 
     @classmethod
@@ -70,6 +72,22 @@ class Tokenizer:
         _check_unicode(texts)
         found = self._inner.encode_batch_fast(list(texts))
         return [np.asarray(one.ids, np.int32) for one in found]
+
+    def encode_pairs(self, query: str, texts: Sequence[str]) -> list[TokenIds]:
+        """Token ids of the query with each text, as cross-encoders read them, never truncated.
+
+        Raises BadInput like `encode`.
+        """
+        _check_unicode([query, *texts])
+        found = self._inner.encode_batch_fast([(query, text) for text in texts])
+        return [np.asarray(one.ids, np.int32) for one in found]
+
+    def cut_pair(self, ids: TokenIds, tokens_max: int) -> TokenIds:
+        """At most `tokens_max` ids of a pair: the end of its text goes. The query must leave room."""
+        if len(ids) <= tokens_max:
+            return ids
+        closing = self._closing_a_pair
+        return np.concatenate([ids[: tokens_max - closing], ids[len(ids) - closing :]])
 
     def count(self, text: str) -> int:
         """Tokens of a text, special tokens not counted. Raises BadInput like `encode`."""
@@ -166,6 +184,7 @@ def _byte_level() -> tokenizers.Tokenizer:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.post_processor = processors.TemplateProcessing(
         single=f"{FAKE_SPECIALS[0]} $A {FAKE_SPECIALS[1]}",
+        pair=f"{FAKE_SPECIALS[0]} $A {FAKE_SPECIALS[1]} $B:1 {FAKE_SPECIALS[1]}:1",
         special_tokens=[(word, vocab[word]) for word in FAKE_SPECIALS],
     )
     return inner

@@ -39,6 +39,14 @@ class Timing:
     queue_ms: float = 0.0
     infer_ms: float = 0.0
 
+    def then(self, later: "Timing") -> "Timing":
+        """Of work that was done after this one."""
+        return Timing(
+            self.tokenise_ms + later.tokenise_ms,
+            self.queue_ms + later.queue_ms,
+            self.infer_ms + later.infer_ms,
+        )
+
 
 @asynccontextmanager
 async def within(until: float | None, clock: Callable[[], float]) -> AsyncIterator[None]:

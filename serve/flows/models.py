@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from serve.config import Model, Settings
+from serve.config import Model, ModelKind, Settings
 from serve.embedding.files import revision
 from serve.embedding.tokenizer import Tokenizer
 from serve.errors import NotFound
@@ -48,15 +48,29 @@ class Models:
         """Served models in the order of the settings."""
         return iter(self._served.values())
 
-    def find(self, model_id: str, *, param: str = "model") -> Served:
-        """The model of that id. Raises NotFound with OpenAI's code."""
+    def find(
+        self, model_id: str, *, param: str = "model", kind: ModelKind | None = "embedding"
+    ) -> Served:
+        """The model of that id and kind (None: any). Raises NotFound with OpenAI's code."""
         served = self._served.get(model_id)
         if served is None:
             raise NotFound(
                 f"The model {model_id[:128]!r} does not exist.", param=param, code="model_not_found"
             )
+        if kind not in (None, served.model.kind):
+            raise NotFound(
+                f"The model {model_id!r} is of kind {served.model.kind}; a model of kind {kind} is needed.",
+                param=param,
+                code="model_not_found",
+            )
         return served
 
-    def first(self) -> Served:
-        """The model used where none is named: the first of the settings."""
-        return next(iter(self._served.values()))
+    def first(self, kind: ModelKind = "embedding", *, param: str = "model") -> Served:
+        """The model used where none is named: the first of its kind in the settings.
+
+        Raises NotFound where there is none; one that embeds there always is.
+        """
+        for served in self:
+            if served.model.kind == kind:
+                return served
+        raise NotFound(f"This service has no {kind}.", param=param, code="model_not_found")

@@ -31,6 +31,7 @@ from serve.config import Index as IndexSettings
 from serve.errors import BadInput, IndexUnavailable
 from serve.index.checks import RECORD_ID, check_namespace, check_query, newest, refuse
 from serve.index.errors import IndexOffline, IndexRetryable, RecordsRejected
+from serve.index.lance_text import index_text, match_text
 from serve.index.rows import COLUMNS, from_arrow, from_batch, schema_of, to_arrow
 from serve.index.terms import to_sql
 from serve.ports import Capabilities, IndexStats, Landed
@@ -79,6 +80,7 @@ class LanceIndex:
             max_top_k=TOP_K_MAX,
             consistency="strong",
             single_writer=True,
+            full_text=True,
         )
         self._uri = uri
         self._settings = settings
@@ -149,6 +151,17 @@ class LanceIndex:
 
         return await self._read(ns, ask, ())
 
+    async def match(
+        self, ns: str, text: str, top_k: int, where: Filter | None = None, /
+    ) -> Sequence[Hit]:
+        """By Lance's BM25; which of equal scores is the last of `top_k` is not defined."""
+        check_namespace(ns)
+
+        async def ask(opened: _Open) -> Sequence[Hit]:
+            return await match_text(opened.table, text, min(top_k, TOP_K_MAX), where)
+
+        return await self._read(ns, ask, ())
+
     async def fetch(self, ns: str, ids: Sequence[str]) -> Sequence[Record]:
         """The records that exist among `ids`."""
         check_namespace(ns)
@@ -194,7 +207,8 @@ class LanceIndex:
             if await self._open(spec.ns) is None:
                 schema = schema_of(spec.dimensions)
                 database = await self._database()
-                await database.create_table(spec.ns, schema=schema, exist_ok=True)
+                table = await database.create_table(spec.ns, schema=schema, exist_ok=True)
+                await index_text(table)
 
     async def drop(self, ns: str) -> None:
         """Remove the table and its files."""
@@ -231,6 +245,7 @@ class LanceIndex:
                 self._commits[ns] = 0
                 try:
                     if opened is not None:
+                        await index_text(opened.table)  # of a table from before there was one
                         await opened.table.optimize(cleanup_older_than=keep)
                 except (RuntimeError, OSError) as error:
                     self._commits[ns] = limit // 2

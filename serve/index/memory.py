@@ -14,6 +14,7 @@ from serve.errors import BadInput
 from serve.index.checks import check_namespace, check_query, newest, refuse
 from serve.index.errors import IndexRetryable
 from serve.index.filters import matches
+from serve.index.full_text import bm25, words
 from serve.ports import Capabilities, IndexStats, Landed
 from serve.records import CollectionSpec, Filter, Hit, Record, Tombstone, Vector, stack
 
@@ -29,6 +30,7 @@ class MemoryIndex:
             max_top_k=10_000,
             consistency="strong",
             single_writer=False,
+            full_text=True,
         )
         self._spaces: dict[str, _Space] = {}
 
@@ -72,6 +74,22 @@ class MemoryIndex:
         scores = space.unit_rows() @ (vector / np.linalg.norm(vector))
         scored = zip(space.records.values(), scores.tolist(), strict=True)
         hits = [Hit(record, score) for record, score in scored if matches(where, record.metadata)]
+        hits.sort(key=lambda hit: (-hit.score, hit.record.id))
+        return hits[: min(top_k, self.caps.max_top_k)]
+
+    async def match(
+        self, ns: str, text: str, top_k: int, where: Filter | None = None, /
+    ) -> Sequence[Hit]:
+        """Exact BM25 over all records; ties by id."""
+        check_namespace(ns)
+        space = self._spaces.get(ns)
+        held = list(space.records.values()) if space is not None else []
+        scores = bm25([words(record.text) for record in held], words(text))
+        hits = [
+            Hit(record, score)
+            for record, score in zip(held, scores, strict=True)
+            if score > 0 and matches(where, record.metadata)
+        ]
         hits.sort(key=lambda hit: (-hit.score, hit.record.id))
         return hits[: min(top_k, self.caps.max_top_k)]
 

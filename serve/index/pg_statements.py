@@ -15,6 +15,7 @@ import numpy as np
 from psycopg import sql
 
 from serve.index.filters import FIELD_CHARS_MAX, LISTS, is_plain
+from serve.index.pg_text import ADD_WORDS, INDEX_WORDS, matching, to_words
 from serve.index.terms import ORDER_SQL, hexed, tagged
 from serve.records import Condition, Every, Filter, Record, Tombstone, Vector
 
@@ -64,16 +65,17 @@ CREATE TABLE IF NOT EXISTS {table} (
     generation bigint NOT NULL,
     embedding vector({dimensions}) NOT NULL,
     terms jsonb NOT NULL,
-    body text NOT NULL
+    body text NOT NULL,
+    words tsvector NOT NULL
 )
 """)
 
 UPSERT = sql.SQL("""
-INSERT INTO {table} AS held (id, generation, embedding, terms, body)
+INSERT INTO {table} AS held (id, generation, embedding, terms, body, words)
 SELECT * FROM unnest(%(ids)s::text[], %(generations)s::bigint[], %(vectors)s::vector[],
-    %(terms)s::jsonb[], %(bodies)s::text[])
-ON CONFLICT (id) DO UPDATE SET generation = excluded.generation,
-    embedding = excluded.embedding, terms = excluded.terms, body = excluded.body
+    %(terms)s::jsonb[], %(bodies)s::text[], %(words)s::tsvector[])
+ON CONFLICT (id) DO UPDATE SET generation = excluded.generation, embedding = excluded.embedding,
+    terms = excluded.terms, body = excluded.body, words = excluded.words
 WHERE held.generation <= excluded.generation
 """)
 
@@ -160,6 +162,15 @@ class Table:
             spare=sql.Literal(SPARE),
         )
 
+    def matching(self, where: sql.Composable) -> sql.Composed:
+        """By words."""
+        return matching(self.id, COLUMNS, where)
+
+    def with_words(self) -> tuple[sql.Composed, sql.Composed]:
+        """The column of words, where it is missing, and its index."""
+        name = sql.Identifier(f"{self.named['table']}_words")
+        return self.said(ADD_WORDS), self.said(INDEX_WORDS, name=name)
+
     def drop_hnsw(self) -> sql.Composed:
         """Of whatever state the index is."""
         return DROP_HNSW.format(hnsw=sql.Identifier(self._schema, self.hnsw))
@@ -245,6 +256,7 @@ def to_rows(records: Sequence[Record]) -> Params:
         "vectors": [np.asarray(row.vector, np.float32) for row in rows],
         "terms": [_terms(row.metadata) for row in rows],
         "bodies": [_body(row) for row in rows],
+        "words": [to_words(row.text) for row in rows],
     }
 
 

@@ -49,6 +49,7 @@ from serve.index.pg_statements import (
     to_rows,
     to_sql,
 )
+from serve.index.pg_text import asked
 from serve.ports import Capabilities, IndexStats, Landed
 from serve.records import CollectionSpec, Filter, Hit, Record, Tombstone, Vector
 
@@ -86,6 +87,7 @@ class PgIndex:
             max_top_k=TOP_K_MAX,
             consistency="strong",
             single_writer=False,
+            full_text=True,
         )
         self._settings = own = settings.pgvector
         try:
@@ -117,7 +119,7 @@ class PgIndex:
             refused = {record_id for record_id, _ in rejected}
             rows = newest([record for record in records if record.id not in refused])
             if rows:
-                await connection.execute(table.said(UPSERT), to_rows(rows))
+                await _put(connection, table, rows)
                 # The first time as if it were full: what earlier processes left counts, too.
                 grown = self._grown.get(ns, self._settings.hnsw_rows_min)
                 self._grown[ns] = grown + len(rows)
@@ -167,6 +169,23 @@ class PgIndex:
                         return _hits(rows)
                     await connection.execute(AIM_EXACTLY)
                 return _hits(await _rows(connection, table.nearest(predicate), params))
+
+        return await self._read(ask, ())
+
+    async def match(
+        self, ns: str, text: str, top_k: int, where: Filter | None = None, /
+    ) -> Sequence[Hit]:
+        """BM25 over the rows that hold a word. Raises IndexUnavailable."""
+        table = self._table(ns)
+        params: Params = {"top_k": min(top_k, TOP_K_MAX)}
+        statement = table.matching(to_sql(where, params))
+        words = asked(text)
+        if words is None:
+            return ()
+
+        async def ask(connection: Connection) -> Sequence[Hit]:
+            rows = await _rows(connection, statement, {**params, **words})
+            return [Hit(from_row(row), row[-1]) for row in rows]
 
         return await self._read(ask, ())
 
@@ -226,6 +245,8 @@ class PgIndex:
                     )
                 dimensions = sql.Literal(spec.dimensions)
                 await connection.execute(table.said(CREATE, dimensions=dimensions))
+                for statement in table.with_words():
+                    await connection.execute(statement)
 
         async with _writing():
             await self._connections.run(make)
@@ -317,8 +338,18 @@ class PgIndex:
         async with _reading():
             try:
                 return await self._connections.run(ask)
-            except psycopg.errors.UndefinedTable:
+            except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn):
                 return missing
+
+
+async def _put(connection: Connection, table: Table, rows: Sequence[Record]) -> None:
+    values = to_rows(rows)
+    try:
+        await connection.execute(table.said(UPSERT), values)
+    except psycopg.errors.UndefinedColumn:  # made before there was full text
+        for statement in table.with_words():
+            await connection.execute(statement)
+        await connection.execute(table.said(UPSERT), values)
 
 
 async def _row(

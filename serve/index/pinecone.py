@@ -37,6 +37,7 @@ from serve.errors import BadInput, IndexUnavailable
 from serve.index.checks import RECORD_ID, check_namespace, check_query, newest, refuse
 from serve.index.errors import IndexFault, IndexOffline, IndexRetryable, RecordsRejected
 from serve.index.filters import matches
+from serve.index.full_text import VectorsOnly
 from serve.index.lanes import WRITE_BYTES
 from serve.index.latest import GONE, Latest
 from serve.index.pace import Pace
@@ -78,7 +79,7 @@ class _Unusable(Exception):
     """The index is not one that can hold our vectors, or the key is not one."""
 
 
-class PineconeIndex:
+class PineconeIndex(VectorsOnly):
     """Implements `serve.ports.Index`. Imports the SDK and asks for the dimension on first use.
 
     Write calls raise the errors of `serve.index.errors`, read calls `IndexUnavailable` and BadInput.

@@ -26,6 +26,7 @@ from serve.config import Index as IndexSettings
 from serve.errors import BadInput, IndexUnavailable
 from serve.index.checks import RECORD_ID, check_namespace, check_query, newest, refuse
 from serve.index.errors import IndexOffline, IndexRetryable, RecordsRejected
+from serve.index.full_text import VectorsOnly
 from serve.index.qdrant_collections import (
     check_applied,
     check_version,
@@ -70,7 +71,7 @@ IDS_PER_REQUEST = 1000
 TOO_LARGE = "is too large for one request"
 
 
-class QdrantIndex:
+class QdrantIndex(VectorsOnly):
     """Implements `serve.ports.Index`. Connects on first use, which imports the library.
 
     `connect` makes the client; the tests give one of the library's local mode. Write calls raise the

@@ -56,6 +56,7 @@ from serve.flows.models import Models
 from serve.flows.operators import OperatorFlow
 from serve.flows.queues import QueueFlow
 from serve.flows.receipts import ReceiptFlow
+from serve.flows.rerank import RerankFlow
 from serve.flows.room import LANDING, away_s
 from serve.flows.search import SearchFlow
 from serve.flows.streams import Streams
@@ -429,6 +430,7 @@ class Builder:
             self.wall,
         )
         embed = EmbedFlow(context, kept_bytes_max=settings.cache.bytes_max)
+        rerank = RerankFlow(context, embed)
         collections = CollectionFlow(context, ports.store, ports.upserter)
         feed = Feed(ports.store, self.clock)
         ingest = IngestFlow(context, collections, ports.store, feed, ports.probes)
@@ -454,7 +456,8 @@ class Builder:
             collections,
             ingest,
             receipts,
-            SearchFlow(context, collections, embed, ports.index, receipts),
+            SearchFlow(context, collections, embed, rerank, ports.index, receipts),
+            rerank,
             vectors,
             QueueFlow(context, collections, ingest, vectors),
             ExportFlow(context, collections, ports.index),

@@ -110,6 +110,11 @@ class Settled:
     ) -> Sequence[Hit]:
         return await self._index.query(self._own(ns), vector, top_k, where)
 
+    async def match(
+        self, ns: str, text: str, top_k: int, where: Filter | None = None
+    ) -> Sequence[Hit]:
+        return await self._index.match(self._own(ns), text, top_k, where)
+
     async def fetch(self, ns: str, ids: Sequence[str]) -> Sequence[Record]:
         return await self._index.fetch(self._own(ns), ids)
 

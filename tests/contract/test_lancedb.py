@@ -13,6 +13,7 @@ from serve.config import Index as IndexSettings
 from serve.errors import IndexUnavailable
 from serve.index.errors import IndexOffline, IndexRetryable
 from serve.index.lancedb import LanceIndex, _Open
+from serve.index.rows import schema_of
 from serve.records import CollectionSpec, Record, Tombstone
 
 
@@ -172,7 +173,7 @@ class Broken:
         self.asked += 1
         raise RuntimeError(self.message)
 
-    count_rows = optimize = delete = _fail
+    count_rows = optimize = delete = list_indices = _fail
 
     def close(self) -> None:
         """As a table does."""
@@ -223,6 +224,22 @@ async def test_a_compaction_that_conflicts_is_put_off(index, caplog):
         await index.upsert(NS, records(start, start + 1))
     await index.maintain()
     assert await fragments(index) == 1
+
+
+async def test_a_table_from_before_there_was_full_text_gets_its_index_when_it_is_compacted(uri):
+    index = LanceIndex(uri, HASTY)
+    database = await index._database()
+    await database.create_table(NS, schema=schema_of(DIMENSIONS))
+    await index.upsert(NS, [replace(records(0, 1)[0], text="the pumps")])
+    assert [hit.record.id for hit in await index.match(NS, "pumps", 5)] == ["r0"]
+    for start in range(1, 4):
+        await index.upsert(NS, records(start, start + 1))
+    await index.maintain()
+    opened = await index._open(NS)
+    assert [one.name for one in await opened.table.list_indices()] == ["text_idx"]
+    assert [hit.record.id for hit in await index.match(NS, "the pumps", 5)] == ["r0"]
+    assert await index.match(NS, "pump", 5) == []
+    await index.aclose()
 
 
 async def test_a_folder_that_cannot_be_made_takes_the_index_offline(tmp_path):

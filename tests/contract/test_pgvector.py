@@ -107,9 +107,9 @@ async def looked(url: str) -> Any:
 
 
 async def indexes(url: str) -> int:
-    """Of the table, the unusable ones as well, beside that of the primary key."""
+    """Of the table, the unusable ones as well, beside those of the primary key and of words."""
     async with session(url) as connection:
-        count = "SELECT count(*) - 1 FROM pg_indexes WHERE schemaname = %s AND tablename = %s"
+        count = "SELECT count(*) - 2 FROM pg_indexes WHERE schemaname = %s AND tablename = %s"
         found = await connection.execute(count, (SCHEMA, f"v_{NS}"))
         return (await found.fetchone())[0]
 
