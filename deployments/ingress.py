@@ -133,7 +133,7 @@ class Ingress:
             collections,
             ingest,
             receipts,
-            SearchFlow(context, collections, embed, rerank, index, receipts),
+            SearchFlow(context, collections, embed, rerank, index=index, receipts=receipts),
             rerank,
             vectors,
             QueueFlow(context, collections, ingest, vectors),

@@ -172,7 +172,7 @@ class Ceiling:
             collections,
             ingest,
             receipts,
-            SearchFlow(context, collections, embed, rerank, self._index, receipts),
+            SearchFlow(context, collections, embed, rerank, index=self._index, receipts=receipts),
             rerank,
             vectors,
             QueueFlow(context, collections, ingest, vectors),

@@ -76,6 +76,7 @@ class SearchFlow:
         collections: CollectionFlow,
         embed: EmbedFlow,
         rerank: RerankFlow,
+        *,
         index: Index,
         receipts: ReceiptFlow,
     ) -> None:

@@ -456,7 +456,7 @@ class Builder:
             collections,
             ingest,
             receipts,
-            SearchFlow(context, collections, embed, rerank, ports.index, receipts),
+            SearchFlow(context, collections, embed, rerank, index=ports.index, receipts=receipts),
             rerank,
             vectors,
             QueueFlow(context, collections, ingest, vectors),
