@@ -35,16 +35,8 @@ from serve.errors import (
 from serve.freshness import Lag
 from serve.grants import Draw, Grant, Return
 from serve.ports import Embedder, Ledger, Queues, Upserter
-from serve.records import (
-    CollectionSpec,
-    EmbedCall,
-    EmbedReply,
-    Outcome,
-    Pressure,
-    QueueReport,
-    Sender,
-    Write,
-)
+from serve.pressure import Pressure, Sender
+from serve.records import CollectionSpec, EmbedCall, EmbedReply, Outcome, QueueReport, Write
 
 
 ADDRESSES_S_MAX = 5.0

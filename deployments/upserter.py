@@ -27,7 +27,8 @@ from serve.index.lags import Lags, TimedWriter
 from serve.index.probes import Probes
 from serve.index.writer import Writer
 from serve.ports import Index
-from serve.records import CollectionSpec, Outcome, Pressure, Sender, Write
+from serve.pressure import Pressure, Sender
+from serve.records import CollectionSpec, Outcome, Write
 
 
 AWAY_S = 0.5

@@ -2,13 +2,14 @@
 them; `deployments/handles.py` implements those that stand behind a Ray handle or actor.
 """
 
-import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
+from serve.capabilities import Capabilities
 from serve.freshness import Lag
 from serve.grants import Draw, Grant, Return
+from serve.pressure import Pressure, Sender
 from serve.records import (
     AuditEntry,
     Collection,
@@ -21,10 +22,8 @@ from serve.records import (
     InputKind,
     Key,
     Outcome,
-    Pressure,
     QueueReport,
     Record,
-    Sender,
     Tenant,
     Tombstone,
     UsageRow,
@@ -71,33 +70,6 @@ class Embedder(Protocol):
     async def ready(self) -> bool:
         """True when a forward pass of every pinned model has run, the batcher lives and a model works."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """Bulk writes per second, and bytes per second in the buffer's estimate; infinite: no limit."""
-
-    requests_s: float = math.inf
-    bytes_s: float = math.inf
-
-
-@dataclass(frozen=True, slots=True)
-class Capabilities:
-    """Limits of an index backend. Vendors change theirs, so adapters take them from settings.
-
-    `upserts` and `deletes` are what one namespace takes, `full_text` is whether it ranks by words, too
-    (`TextIndex`).
-    """
-
-    max_items: int
-    max_bytes: int
-    max_dim: int
-    max_top_k: int
-    consistency: Literal["strong", "token", "eventual"]
-    single_writer: bool
-    upserts: Rates = Rates()
-    deletes: Rates = Rates()
-    full_text: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from serve.flows.room import hold
 from serve.freshness import latest
 from serve.items import Item, Job
 from serve.ports import Upserter
-from serve.records import Collection, Outcome, Record, Sender, Tombstone, Write
+from serve.pressure import Sender
+from serve.records import Collection, Outcome, Record, Tombstone, Write
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ only the workers' claims stop.
 from serve.errors import IndexUnavailable, Overloaded, ServiceError
 from serve.items import Stage
 from serve.ports import Upserter
-from serve.records import Pressure
+from serve.pressure import Pressure
 
 
 LANDING: Stage = "embed"

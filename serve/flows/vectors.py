@@ -29,7 +29,8 @@ from serve.index.checks import vector_problem
 from serve.index.filters import parse
 from serve.index.probes import Probes
 from serve.ports import Index, Upserter, Vectors
-from serve.records import Caller, Collection, Filter, Outcome, Record, Sender
+from serve.pressure import Sender
+from serve.records import Caller, Collection, Filter, Outcome, Record
 
 
 @dataclass(frozen=True, slots=True)

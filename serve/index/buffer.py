@@ -18,6 +18,7 @@ from dataclasses import replace
 from heapq import heapify, heappop, heappush
 from typing import Any
 
+from serve.capabilities import Capabilities
 from serve.config import Buffer as BufferSettings
 from serve.errors import Overloaded
 from serve.index.errors import (
@@ -31,8 +32,9 @@ from serve.index.lanes import Batch, Entry, Lane, Part, size_bytes
 from serve.index.probes import token_of
 from serve.index.schedule import Schedule
 from serve.index.stock import RETRY_AFTER_S_MIN, RETRY_AFTER_S_UNKNOWN, Stock
-from serve.ports import Capabilities, Landed
-from serve.records import Outcome, Pressure, Sender, Write
+from serve.ports import Landed
+from serve.pressure import Pressure, Sender
+from serve.records import Outcome, Write
 
 
 AGE_FACTOR = 1.5

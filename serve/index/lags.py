@@ -15,7 +15,8 @@ from serve.freshness import Lag, Spread, latest
 from serve.index.probes import Probes
 from serve.index.writer import Writer
 from serve.ports import Upserter
-from serve.records import CollectionSpec, Outcome, Pressure, Sender, Write
+from serve.pressure import Pressure, Sender
+from serve.records import CollectionSpec, Outcome, Write
 
 
 LANDINGS = 200

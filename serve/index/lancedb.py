@@ -27,6 +27,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
+from serve.capabilities import Capabilities
 from serve.config import Index as IndexSettings
 from serve.errors import BadInput, IndexUnavailable
 from serve.index.checks import RECORD_ID, check_namespace, check_query, newest, refuse
@@ -34,7 +35,7 @@ from serve.index.errors import IndexOffline, IndexRetryable, RecordsRejected
 from serve.index.lance_text import index_text, match_text
 from serve.index.rows import COLUMNS, from_arrow, from_batch, schema_of, to_arrow
 from serve.index.terms import to_sql
-from serve.ports import Capabilities, IndexStats, Landed
+from serve.ports import IndexStats, Landed
 from serve.records import CollectionSpec, Filter, Hit, Record, Tombstone, Vector
 
 

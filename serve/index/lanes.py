@@ -22,7 +22,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 
-from serve.records import Record, Sender, Tombstone, Write
+from serve.pressure import Sender
+from serve.records import Record, Tombstone, Write
 
 
 WRITE_BYTES = 128

@@ -9,13 +9,14 @@ from collections.abc import AsyncIterator, Sequence
 
 import numpy as np
 
+from serve.capabilities import Capabilities
 from serve.config import Index as IndexSettings
 from serve.errors import BadInput
 from serve.index.checks import check_namespace, check_query, newest, refuse
 from serve.index.errors import IndexRetryable
 from serve.index.filters import matches
 from serve.index.full_text import bm25, words
-from serve.ports import Capabilities, IndexStats, Landed
+from serve.ports import IndexStats, Landed
 from serve.records import CollectionSpec, Filter, Hit, Record, Tombstone, Vector, stack
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import psycopg
 from psycopg import sql
 
+from serve.capabilities import Capabilities
 from serve.config import Index as IndexSettings
 from serve.errors import BadInput, IndexUnavailable
 from serve.index.checks import RECORD_ID, check_namespace, check_query, newest, refuse
@@ -50,7 +51,7 @@ from serve.index.pg_statements import (
     to_sql,
 )
 from serve.index.pg_text import asked
-from serve.ports import Capabilities, IndexStats, Landed
+from serve.ports import IndexStats, Landed
 from serve.records import CollectionSpec, Filter, Hit, Record, Tombstone, Vector
 
 

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from serve.capabilities import Capabilities, Rates
 from serve.config.index import Pinecone as PineconeSettings
 from serve.errors import BadInput, IndexUnavailable
 from serve.index.checks import RECORD_ID, check_namespace, check_query, newest, refuse
@@ -44,7 +45,7 @@ from serve.index.pace import Pace
 from serve.index.pinecone_filters import to_filter
 from serve.index.pinecone_wire import Sized, fit, parts, to_records, to_values
 from serve.index.statuses import NOT_FOUND, REFUSED, RETRY_AFTER_S, fault
-from serve.ports import Capabilities, IndexStats, Landed, Rates
+from serve.ports import IndexStats, Landed
 from serve.records import CollectionSpec, Filter, Hit, Record, Tombstone, Vector
 
 

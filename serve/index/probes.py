@@ -12,9 +12,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from serve.capabilities import Capabilities
 from serve.errors import ServiceError
 from serve.freshness import UNPROVED
-from serve.ports import Capabilities, Landed, VectorIndex
+from serve.ports import Landed, VectorIndex
 
 
 WAITING_MAX = 10_000

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import orjson
 
+from serve.capabilities import Capabilities
 from serve.config import Index as IndexSettings
 from serve.errors import BadInput, IndexUnavailable
 from serve.index.checks import RECORD_ID, check_namespace, check_query, newest, refuse
@@ -53,7 +54,7 @@ from serve.index.qdrant_points import (
     to_point,
 )
 from serve.index.qdrant_terms import to_filter
-from serve.ports import Capabilities, IndexStats, Landed
+from serve.ports import IndexStats, Landed
 from serve.records import CollectionSpec, Filter, Hit, Record, Tombstone, Vector
 
 

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from heapq import heappop, heappush
 from itertools import count
 
+from serve.capabilities import Capabilities
 from serve.config import Buffer as BufferSettings
 from serve.index.lanes import Batch, Lane
 from serve.index.pace import Pace
 from serve.index.turns import Turns
 from serve.index.window import Window
-from serve.ports import Capabilities
 from serve.records import Record, Tombstone, Write
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from serve.config import Buffer as BufferSettings
 from serve.errors import Overloaded, TooLarge
-from serve.records import Sender
+from serve.pressure import Sender
 
 
 RATE_WEIGHT = 0.2

@@ -24,7 +24,8 @@ from serve.index.errors import (
 )
 from serve.index.lanes import Batch
 from serve.ports import Fence, Index, Landed
-from serve.records import CollectionSpec, Outcome, Pressure, Record, Sender, Write
+from serve.pressure import Pressure, Sender
+from serve.records import CollectionSpec, Outcome, Record, Write
 
 
 log = getLogger("headrace.index")

@@ -8,7 +8,8 @@ import pytest
 from serve.config import Jobs
 from serve.errors import IndexUnavailable, ModelUnavailable, Overloaded, StoreUnavailable
 from serve.jobs.faults import HOPELESS_S
-from serve.records import Outcome, Pressure
+from serve.pressure import Pressure
+from serve.records import Outcome
 
 
 BOOKS = "/v1/collections/books"

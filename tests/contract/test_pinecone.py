@@ -13,6 +13,7 @@ import pytest
 from pinecone import AsyncIndex
 from pinecone._internal import http_client
 
+from serve.capabilities import Rates
 from serve.config import Buffer as BufferSettings
 from serve.config.index import Pinecone
 from serve.errors import BadInput, IndexUnavailable
@@ -24,8 +25,8 @@ from serve.index.lanes import WRITE_BYTES, size_bytes
 from serve.index.pinecone import PineconeIndex
 from serve.index.probes import Probes
 from serve.index.writer import Writer
-from serve.ports import Rates
-from serve.records import CollectionSpec, Record, Sender, Tombstone
+from serve.pressure import Sender
+from serve.records import CollectionSpec, Record, Tombstone
 from tests.contract.pinecone_index import connected
 from tests.contract.pinecone_server import BODY_BYTES_MAX, KEY, PineconeServer, serving
 

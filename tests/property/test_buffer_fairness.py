@@ -14,12 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from serve.capabilities import Capabilities
 from serve.config import Buffer as BufferSettings
 from serve.index.buffer import Buffer
 from serve.index.errors import IndexRetryable
 from serve.index.lanes import Batch
-from serve.ports import Capabilities, Landed
-from serve.records import Record, Sender
+from serve.ports import Landed
+from serve.pressure import Sender
+from serve.records import Record
 
 
 CAPS = Capabilities(

@@ -12,14 +12,16 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from serve.capabilities import Capabilities, Rates
 from serve.config import Buffer as BufferSettings
 from serve.errors import Overloaded
 from serve.index.buffer import Buffer
 from serve.index.errors import BatchTooLarge, IndexOffline, IndexRetryable, RecordsRejected
 from serve.index.lanes import Batch
 from serve.index.pace import BURST_S
-from serve.ports import Capabilities, Landed, Rates
-from serve.records import Outcome, Record, Sender, Tombstone, Write
+from serve.ports import Landed
+from serve.pressure import Sender
+from serve.records import Outcome, Record, Tombstone, Write
 
 
 SETTINGS = BufferSettings(

@@ -5,13 +5,15 @@ import random
 import numpy as np
 import pytest
 
+from serve.capabilities import Capabilities
 from serve.config import Buffer as BufferSettings
 from serve.errors import Overloaded, TooLarge
 from serve.index.buffer import Buffer
 from serve.index.errors import IndexOffline, IndexRetryable, RecordsRejected
 from serve.index.lanes import Batch, size_bytes
-from serve.ports import Capabilities, Landed
-from serve.records import Record, Sender, Tombstone
+from serve.ports import Landed
+from serve.pressure import Sender
+from serve.records import Record, Tombstone
 
 
 CAPS = Capabilities(

@@ -12,7 +12,8 @@ from deployments.conduit import ConduitLost, ReplicaLeaves
 from deployments.handles import PRESSURE_KEPT_S, EmbedderPort, UpserterPort
 from serve.config import Settings
 from serve.errors import DeadlineExceeded, IndexUnavailable, ModelUnavailable
-from serve.records import EmbedCall, EmbedReply, Input, Pressure
+from serve.pressure import Pressure
+from serve.records import EmbedCall, EmbedReply, Input
 
 
 REPLY = EmbedReply(np.ones((1, 3), np.float32))

@@ -12,7 +12,8 @@ from serve.index import lags as module
 from serve.index.lags import Lags, TimedWriter
 from serve.index.memory import MemoryIndex
 from serve.index.probes import Probes
-from serve.records import CollectionSpec, Outcome, Pressure, Record, Sender, Tombstone
+from serve.pressure import Pressure, Sender
+from serve.records import CollectionSpec, Outcome, Record, Tombstone
 
 
 NS, OTHER, THIRD = (str(n) * 32 for n in range(3))

@@ -11,7 +11,8 @@ from serve.flows.lander import Lander, Landing
 from serve.flows.landing import chunk_id
 from serve.freshness import UNPROVED
 from serve.items import Item
-from serve.records import Collection, Outcome, Record, Sender, Tombstone, Write
+from serve.pressure import Sender
+from serve.records import Collection, Outcome, Record, Tombstone, Write
 
 
 COLLECTION = Collection("0" * 32, "acme", "books", "plain", "r", 2, 0.0)

@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import pytest
 
+from serve.capabilities import Capabilities
 from serve.config import Index as IndexSettings
 from serve.errors import IndexUnavailable
 from serve.freshness import UNPROVED
 from serve.index import probes as module
 from serve.index.memory import MemoryIndex
 from serve.index.probes import Probes, token_of
-from serve.ports import Capabilities, Landed
+from serve.ports import Landed
 
 
 NS, OTHER = "0" * 32, "1" * 32

@@ -15,7 +15,8 @@ from serve.flows.raw_receipts import RawReceipt
 from serve.flows.vectors import VectorFlow, _checked
 from serve.index.memory import MemoryIndex
 from serve.index.probes import Probes
-from serve.records import Caller, Collection, Outcome, Pressure, Record, Sender
+from serve.pressure import Pressure, Sender
+from serve.records import Caller, Collection, Outcome, Record
 
 
 COLLECTION = Collection("0" * 32, "acme", "books", "plain", "r", 2, 0.0)

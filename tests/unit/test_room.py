@@ -4,7 +4,7 @@ import pytest
 
 from serve.errors import IndexUnavailable, Overloaded
 from serve.flows.room import AWAY_S, away_s, check, hold
-from serve.records import Pressure
+from serve.pressure import Pressure
 
 
 class Writer:

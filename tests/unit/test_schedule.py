@@ -7,12 +7,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from serve.capabilities import Capabilities, Rates
 from serve.config import Buffer as BufferSettings
 from serve.index.buffer import Buffer
 from serve.index.errors import IndexOffline, IndexRetryable, RecordsRejected
 from serve.index.lanes import Batch
-from serve.ports import Capabilities, Landed, Rates
-from serve.records import Record, Sender, Tombstone
+from serve.ports import Landed
+from serve.pressure import Sender
+from serve.records import Record, Tombstone
 
 
 CAPS = Capabilities(

@@ -5,7 +5,7 @@ import pytest
 from serve.config import Buffer as BufferSettings
 from serve.errors import Overloaded, TooLarge
 from serve.index.stock import Stock
-from serve.records import Sender
+from serve.pressure import Sender
 
 
 MB = 2**20

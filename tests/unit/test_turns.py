@@ -2,7 +2,7 @@
 
 from serve.index.lanes import Lane
 from serve.index.turns import Turns
-from serve.records import Sender
+from serve.pressure import Sender
 
 
 def lane(ns: str, tenant: str = "", weight: float = 1.0) -> Lane:

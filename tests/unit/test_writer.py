@@ -16,7 +16,8 @@ from serve.index.errors import IndexOffline, IndexRetryable, RecordsRejected
 from serve.index.memory import MemoryIndex
 from serve.index.writer import Writer
 from serve.ports import Landed
-from serve.records import CollectionSpec, Outcome, Record, Sender, Tombstone
+from serve.pressure import Sender
+from serve.records import CollectionSpec, Outcome, Record, Tombstone
 
 
 NS = "0" * 32
