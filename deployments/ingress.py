@@ -36,6 +36,7 @@ from serve.flows.ingest import IngestFlow
 from serve.flows.jobs import JobFlow
 from serve.flows.models import Models
 from serve.flows.operators import OperatorFlow
+from serve.flows.readings import of_answers, of_quotas, of_reuse
 from serve.flows.search import SearchFlow
 from serve.flows.streams import Streams
 from serve.flows.usage import UsageFlow
@@ -84,7 +85,13 @@ class Ingress:
         self._tasks = [
             asyncio.create_task(self._quotas.run()),
             asyncio.create_task(self._feed.run()),
-            asyncio.create_task(publish(self._quotas, self.service.embed.reuse)),
+            asyncio.create_task(
+                publish(
+                    lambda: of_answers(self.service.context.answers),
+                    lambda: of_quotas(self._quotas),
+                    lambda: of_reuse(self.service.embed.reuse),
+                )
+            ),
             *(asyncio.create_task(one.run()) for one in self._embedders.values()),
             asyncio.create_task(self._warm(index)),
         ]

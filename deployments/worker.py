@@ -17,6 +17,7 @@ from ray.serve import get_replica_context
 from ray.serve.handle import DeploymentHandle
 
 from deployments.handles import UpserterPort, embedder_ports
+from deployments.metrics import Source, publish
 from deployments.quotas import open_quotas
 from deployments.store_port import StorePort
 from deployments.stores import close_store, open_store, tick
@@ -32,6 +33,7 @@ from serve.flows.document_work import DocumentWork
 from serve.flows.embed import EmbedFlow
 from serve.flows.files import Tidy
 from serve.flows.models import Models
+from serve.flows.readings import of_lags, of_quotas, of_reuse, of_work
 from serve.flows.webhooks import Sender
 from serve.jobs.faults import Retries
 from serve.jobs.runner import Runner
@@ -86,9 +88,19 @@ class Worker:
             asyncio.create_task(self._sender.run()),
             asyncio.create_task(Tidy(store, blobs, settings.files, time.time).run()),
             *(asyncio.create_task(port.run()) for port in ports.values()),
+            asyncio.create_task(publish(*self._sources(documents, embed))),
         ]
         if not isinstance(store, StorePort):  # the Store's actor ticks by itself
             self._tasks.append(asyncio.create_task(tick(store, rules.tick_s)))
+
+    def _sources(self, documents: DocumentWork, embed: EmbedFlow) -> tuple[Source, ...]:
+        """What it tells of itself."""
+        return (
+            lambda: of_work(self._runner.done),
+            lambda: of_lags(documents.lags),
+            lambda: of_quotas(self._quotas),
+            lambda: of_reuse(embed.reuse),
+        )
 
     async def check_health(self) -> None:
         """Serve replaces the replica when this raises."""

@@ -35,6 +35,7 @@ from serve.jobs.faults import Retries, settled
 from serve.jobs.runner import Handler
 from serve.ports import Upserter
 from serve.records import Caller, Chunk, Collection
+from serve.telemetry import Samples
 
 
 CHUNK_OVERHEAD = 32
@@ -63,7 +64,11 @@ Fates = Mapping[int, ServiceError | None]
 
 
 class DocumentWork:
-    """Handlers of the tasks `document` and `delete`."""
+    """Handlers of the tasks `document` and `delete`.
+
+    `lags` are the seconds between the acceptance of a write and the index's word for it, by class, until they
+    are read.
+    """
 
     def __init__(
         self, context: Context, embed: EmbedFlow, upserter: Upserter, retries: Retries
@@ -72,6 +77,8 @@ class DocumentWork:
         self._models = context.models
         self._quotas = context.quotas
         self._threads = context.threads
+        self._wall = context.wall
+        self.lags = Samples()
         self._embed = embed
         self._lander = Lander(upserter, context.settings)
         self._failed: Failed = partial(settled, retries=retries)
@@ -168,6 +175,7 @@ class DocumentWork:
         async with charged as permit:
             fates = await self._landed(target, group)
             self._quotas.settle(permit, tokens=paid(group, fates))
+        self._time(target.job, len(group) - len(fates))
         return [self._settled(cut, fates) for cut in group]
 
     async def _landed(self, target: Target, group: Sequence[Cut]) -> Fates:
@@ -186,6 +194,10 @@ class DocumentWork:
                 landings.append(Landing(item, made))
         return fates | await tried(lambda: self._lander.land(target.collection, landings))
 
+    def _time(self, job: Job, landed: int) -> None:
+        for _ in range(landed):
+            self.lags.add(max(self._wall() - job.created_at, 0.0), job.klass)
+
     def _settled(self, cut: Cut, fates: Fates) -> Settlement:
         item, one = cut.item, cut.one
         if item.id not in fates:
@@ -203,6 +215,7 @@ class DocumentWork:
         collection = claim.collections[claim.jobs[items[0].job].collection]
         landings = [Landing(item, ()) for item in items]
         await tried(lambda: self._lander.land(collection, landings))
+        self._time(claim.jobs[items[0].job], len(items))
         return [
             Settlement(
                 item.id,

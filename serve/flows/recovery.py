@@ -228,6 +228,7 @@ class Runner:
         model = members[0][0].call.model
         engine = self._engines.engine(model)
         tokens = [tokens_of(member) for member in members]
+        room = self.budget(model)
         inputs = [pending.call.inputs[index] for pending, index in members]
         began = self._clock()
         vectors, bad = await self._on_device(checked, engine, inputs)
@@ -238,7 +239,9 @@ class Runner:
         self._tally.inputs += len(members)
         self._tally.tokens += sum(tokens)
         self._tally.padded += padded(tokens)
+        self._tally.room += max(room, padded(tokens))  # one input may be larger than the budget
         self._tally.model_s += took_s
+        self._tally.passes.add(took_s)
         return vectors, bad
 
 
