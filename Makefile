@@ -77,6 +77,7 @@ bench: setup  ## Smoke run of every benchmark (full run: .venv/bin/python -m ben
 docs: setup  ## Write what is made of settings and tables: docs/config.md, docs/metrics.md, the dashboard
 	@$(BIN)/python -m deployments.config_docs
 	@$(BIN)/python -m deployments.metric_docs
+	@$(BIN)/python -m deployments.dashboard
 
 lock: setup  ## Pin in constraints.txt what .venv holds now
 	@$(BIN)/python -m pip freeze --all --exclude-editable \
