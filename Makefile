@@ -74,8 +74,10 @@ imports: setup  ## Import contracts: layers, and one door per vendor
 bench: setup  ## Smoke run of every benchmark (full run: .venv/bin/python -m bench.NAME)
 	@for name in $(BENCHES); do echo "bench: $$name"; $(BIN)/python -m bench.$$name --smoke; done
 
-docs: setup  ## Write docs/config.md from the settings
+docs: setup  ## Write what is made of settings and tables: docs/config.md, docs/metrics.md, the dashboard
 	@$(BIN)/python -m deployments.config_docs
+	@$(BIN)/python -m deployments.metric_docs
+	@$(BIN)/python -m deployments.dashboard
 
 lock: setup  ## Pin in constraints.txt what .venv holds now
 	@$(BIN)/python -m pip freeze --all --exclude-editable \

@@ -4,19 +4,19 @@ import asyncio
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from typing import ClassVar
 
 import ray
 from ray.serve import get_replica_context
 
 from deployments.handles import LedgerPort
-from deployments.model_metrics import publish_models
+from deployments.metrics import publish
 from deployments.outlet import LOOPBACK, Address, Outlet
 from serve import config
 from serve.embedding.pool import Pool
 from serve.errors import ServiceError
 from serve.flows.batching import Batcher
+from serve.flows.readings import of_batches, of_gpu, of_models, of_queue
 from serve.records import EmbedCall, EmbedReply
 
 
@@ -48,7 +48,14 @@ class Embedder:
         self._address = await self._listen(pool)
         self._reports_failed = 0
         self._reporting = asyncio.create_task(self._report(pool.name, settings))
-        self._publishing = asyncio.create_task(publish_models(self._pool.holdings))
+        self._publishing = asyncio.create_task(
+            publish(
+                lambda: of_queue(self._batcher.waiting(), pool.name, settings.admission.tiers),
+                lambda: of_batches(self._batcher.tally, pool.name),
+                lambda: of_models(self._pool.holdings),
+                lambda: of_gpu(self._pool.card_bytes(), pool.name),
+            )
+        )
 
     async def embed(self, call: EmbedCall) -> EmbedReply:
         """See `serve.ports.Embedder`."""
@@ -88,7 +95,7 @@ class Embedder:
             "queued_items": self._batcher.queued_items,
         }
         counts = {"reports_failed": self._reports_failed, "conduit_calls": self._outlet.calls}
-        return waiting | counts | asdict(self._batcher.tally)
+        return waiting | counts | self._batcher.tally.counts()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What autoscaling looks at: the cost that waits here."""

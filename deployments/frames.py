@@ -40,6 +40,7 @@ _FIELDS = (
     "deadline_s",
     "limit_s",
     "priority",
+    "tier",
 )
 """Of a call, in the order of a body; its inputs come after them."""
 

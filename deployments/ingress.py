@@ -38,6 +38,7 @@ from serve.flows.jobs import JobFlow
 from serve.flows.models import Models
 from serve.flows.operators import OperatorFlow
 from serve.flows.queues import QueueFlow
+from serve.flows.readings import of_answers, of_quotas, of_reuse
 from serve.flows.receipts import ReceiptFlow
 from serve.flows.rerank import RerankFlow
 from serve.flows.room import away_s
@@ -92,7 +93,13 @@ class Ingress:
             asyncio.create_task(self._quotas.run()),
             asyncio.create_task(self._feed.run()),
             asyncio.create_task(self._probes.run()),
-            asyncio.create_task(publish(self._quotas, self.service.embed.reuse)),
+            asyncio.create_task(
+                publish(
+                    lambda: of_answers(self.service.context.answers),
+                    lambda: of_quotas(self._quotas),
+                    lambda: of_reuse(self.service.embed.reuse),
+                )
+            ),
             *(asyncio.create_task(one.run()) for one in self._embedders.values()),
             asyncio.create_task(self._warm(index)),
         ]

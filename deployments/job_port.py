@@ -24,6 +24,7 @@ from serve.items import (
     Stats,
 )
 from serve.job_ports import Events, Jobs, Queue
+from serve.telemetry import Census
 
 
 class JobPort(StoreCalls, Jobs, Queue, Events):
@@ -100,6 +101,10 @@ class JobPort(StoreCalls, Jobs, Queue, Events):
     async def list_efforts(self, tenant: str, days: int) -> Sequence[Effort]:
         """See Events."""
         return cast("Sequence[Effort]", await self._call("list_efforts", tenant, days))
+
+    async def census(self) -> Census:
+        """See Events."""
+        return cast("Census", await self._call("census"))
 
     async def job_stats(self, tenant: str) -> Stats:
         """See Events."""

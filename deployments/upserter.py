@@ -18,10 +18,11 @@ from deployments.actors import (
     watch,
 )
 from deployments.indexes import make_index
-from deployments.metrics import publish_lags
+from deployments.metrics import publish
 from deployments.stores import Store, close_store, open_store
 from serve.config import Settings
-from serve.errors import IndexUnavailable, Overloaded, StoreUnavailable
+from serve.errors import IndexUnavailable, Overloaded, ServiceError, StoreUnavailable
+from serve.flows.readings import of_buffer, of_census, of_lags
 from serve.freshness import Lag
 from serve.index.lags import Lags, TimedWriter
 from serve.index.probes import Probes
@@ -29,7 +30,11 @@ from serve.index.writer import Writer
 from serve.ports import Index
 from serve.pressure import Pressure, Sender
 from serve.records import CollectionSpec, Outcome, Write
+from serve.telemetry import Census
 
+
+CENSUS_EVERY_S = 10.0
+"""Between two looks into the Store for figures, each some ms of it."""
 
 AWAY_S = 0.5
 """Between two tries while the Store is away."""
@@ -63,9 +68,17 @@ class UpserterActor:
         lags = Lags(probes, time.time)
         self._timed = TimedWriter(self._writer, lags)
         self._running = asyncio.create_task(self._writer.run())
+        self._census: Census | None = None
         self._beside = [
             asyncio.create_task(probes.run()),
-            asyncio.create_task(publish_lags(lags)),
+            asyncio.create_task(self._count(store)),
+            asyncio.create_task(
+                publish(
+                    lambda: of_buffer(self._writer.stats()),
+                    lambda: of_census(self._census),
+                    lambda: of_lags(lags),
+                )
+            ),
         ]
         self._watch = asyncio.create_task(
             watch(self._state, self.retire, grace_s=settings.actors.orphan_grace_s)
@@ -108,6 +121,15 @@ class UpserterActor:
     async def stats(self) -> dict[str, float]:
         """Depth, age and counts of the buffer."""
         return dict(self._writer.stats())
+
+    async def _count(self, store: Store) -> None:
+        """Ask the Store what it holds: here, since there is one Upserter whatever the Store is."""
+        while True:
+            try:
+                self._census = await store.census()
+            except ServiceError:
+                self._census = None
+            await asyncio.sleep(CENSUS_EVERY_S)
 
     async def retire(self) -> None:
         """Flush, release the rest and end for good."""

@@ -18,6 +18,7 @@ from ray.serve import get_replica_context
 from ray.serve.handle import DeploymentHandle
 
 from deployments.handles import UpserterPort, embedder_ports
+from deployments.metrics import Source, publish
 from deployments.quotas import open_quotas
 from deployments.store_port import StorePort
 from deployments.stores import close_store, open_store, tick
@@ -33,6 +34,7 @@ from serve.flows.document_work import DocumentWork
 from serve.flows.embed import EmbedFlow
 from serve.flows.files import Tidy
 from serve.flows.models import Models
+from serve.flows.readings import of_quotas, of_reuse, of_work
 from serve.flows.room import LANDING, away_s
 from serve.flows.webhooks import Sender
 from serve.jobs.faults import Retries
@@ -89,9 +91,18 @@ class Worker:
             asyncio.create_task(self._sender.run()),
             asyncio.create_task(Tidy(store, blobs, settings.files, time.time).run()),
             *(asyncio.create_task(port.run()) for port in ports.values()),
+            asyncio.create_task(publish(*self._sources(embed))),
         ]
         if not isinstance(store, StorePort):  # the Store's actor ticks by itself
             self._tasks.append(asyncio.create_task(tick(store, rules.tick_s)))
+
+    def _sources(self, embed: EmbedFlow) -> tuple[Source, ...]:
+        """What it tells of itself."""
+        return (
+            lambda: of_work(self._runner.done),
+            lambda: of_quotas(self._quotas),
+            lambda: of_reuse(embed.reuse),
+        )
 
     async def check_health(self) -> None:
         """Serve replaces the replica when this raises."""

@@ -29,6 +29,7 @@ from serve.items import (
     Stats,
     StoredFile,
 )
+from serve.telemetry import Census
 from serve.webhooks import Delivery, DeliveryState, Due, Share, Tried, Webhook
 
 
@@ -147,6 +148,10 @@ class Events(Protocol):
 
     async def list_efforts(self, tenant: str, days: int) -> Sequence[Effort]:
         """What tries of the tenant's items came to, today and in the days before, `days` in all."""
+        ...
+
+    async def census(self) -> Census:
+        """How many jobs and items of all tenants there are, for figures."""
         ...
 
 

@@ -80,6 +80,7 @@ class EmbedCall:
     for others, relative to arrival because clocks of two processes must not be compared; the
     time of its own work is added by the embedder. `limit_s` is the client's own deadline, which
     includes that work: nothing of the call starts after it. `priority` (0..100, higher first) orders the tenant's own calls of a class, nobody else's.
+    `tier` is the tenant's, for figures.
     """
 
     request_id: str
@@ -92,6 +93,7 @@ class EmbedCall:
     deadline_s: float
     limit_s: float | None = None
     priority: int = 0
+    tier: str = ""
 
 
 @dataclass(frozen=True, slots=True)

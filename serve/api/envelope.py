@@ -17,6 +17,7 @@ from serve.api.service import Service
 from serve.config import Settings
 from serve.errors import Internal, TooLarge
 from serve.flows.context import Context, Timing
+from serve.telemetry import NONE
 
 
 UPLOADS = "/v1/files"
@@ -92,12 +93,21 @@ class _Answer:
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.started = True
-            message["headers"] = [*message["headers"], *self._headers()]
+            now = self._context.clock()
+            self._count(message["status"], now)
+            message["headers"] = [*message["headers"], *self._headers(now)]
         await self._send(message)
 
-    def _headers(self) -> RawHeaders:
+    def _count(self, status: int, now: float) -> None:
+        state, answers = self._state, self._context.answers
+        answers.add(state.get("klass", NONE), status, now - state["arrived"])
+        if (timing := state.get("timing")) is not None:
+            answers.tokenised.add(timing.tokenise_ms / 1e3)
+            answers.encoded.add(now - state["timed_at"])
+
+    def _headers(self, now: float) -> RawHeaders:
         state, context = self._state, self._context
-        total_ms = (context.clock() - state["arrived"]) * 1e3
+        total_ms = (now - state["arrived"]) * 1e3
         headers = [(b"openai-processing-ms", b"%d" % round(total_ms))]
         if not self._id_echoed:
             headers.append((b"x-request-id", state["request_id"].encode()))

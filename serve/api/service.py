@@ -101,7 +101,8 @@ class Ask:
 
     def timed(self, timing: Timing) -> None:
         """Note how long the parts of the work took, for the headers of the reply."""
-        self.request.scope["state"]["timing"] = timing
+        state = self.request.scope["state"]
+        state["timing"], state["timed_at"] = timing, self.service.context.clock()
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,12 @@ def held_bytes() -> int:
     return int(torch.cuda.memory_allocated())
 
 
+def card_bytes() -> tuple[int, int]:
+    """Of the card: what is taken, by whomever, and all of it."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free, total
+
+
 def give_back() -> None:
     """Free what the allocator keeps for later, after a batch ran out of memory or a model left."""
     torch.cuda.empty_cache()

@@ -132,6 +132,14 @@ class Pool:
 
             cuda.give_back()
 
+    def card_bytes(self) -> tuple[int, int] | None:
+        """Of the GPU: what is taken, by whomever, and all of it; None without one."""
+        if not self._on_cuda():
+            return None
+        from serve.embedding import cuda  # noqa: PLC0415  torch
+
+        return cuda.card_bytes()
+
     def close(self) -> None:
         """Free every engine; a second call does nothing."""
         self._known.clear()

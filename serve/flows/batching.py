@@ -6,7 +6,7 @@ batches, `loading` loads models beside them; `deployments.embedder` owns `run` a
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 
 import numpy as np
@@ -23,7 +23,7 @@ from serve.flows.pending import Member, Pending, Slice, Tally, tokens_of
 from serve.flows.recovery import Engines, Ran, Runner, gone
 from serve.flows.refusals import admit
 from serve.flows.slots import Slots
-from serve.flows.turns import outlook
+from serve.flows.turns import Rank, Waiting, outlook, waiting
 from serve.records import EmbedCall, EmbedReply, QueueReport
 
 
@@ -294,8 +294,7 @@ class Batcher:
 
         slices = self._queue.take(admits, live)
         for part in slices:
-            if part.pending.started is None:
-                part.pending.started = now
+            part.pending.begin(now, self.tally)
         return slices
 
     def _room(self, model: str) -> Room:
@@ -377,19 +376,11 @@ class Batcher:
 
     def report(self, pool: str, replica: str, places_max: int) -> QueueReport:
         """What waits: in all, and of the tenants that have most waiting in the queue itself."""
-        told = outlook(
-            self._queue,
-            pace_s=self._costs.rate.seconds(1),
-            busy_s=self._busy_s(),
-            places_max=places_max,
-            now=self._clock(),
-        )
-        return QueueReport(
-            pool,
-            replica,
-            self.queued_items,
-            self.queued_tokens,
-            self._costs.rate.seconds(1),
-            tenants_waiting(self._queue),
-            told,
-        )
+        pace_s, busy_s, now = self._costs.rate.seconds(1), self._busy_s(), self._clock()
+        told = outlook(self._queue, pace_s=pace_s, busy_s=busy_s, places_max=places_max, now=now)
+        items, cost, tenants = self.queued_items, self.queued_tokens, tenants_waiting(self._queue)
+        return QueueReport(pool, replica, items, cost, pace_s, tenants, told)
+
+    def waiting(self) -> Mapping[Rank, Waiting]:
+        """What waits, also for a model to be loaded, by class and tier."""
+        return waiting(self._queue, self._parked, self._clock())

@@ -5,11 +5,12 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from serve.admission.quotas import Quotas
 from serve.config import Settings
 from serve.errors import DeadlineExceeded
+from serve.flows.answers import Answers
 from serve.flows.models import Models
 
 
@@ -17,7 +18,7 @@ from serve.flows.models import Models
 class Context:
     """Settings, models and quotas, the threads that tokenise, and a monotonic clock.
 
-    `wall` is seconds since the epoch, only for times that people read.
+    `wall` is seconds since the epoch, only for times that people read. `answers` counts the replies.
     """
 
     settings: Settings
@@ -26,6 +27,7 @@ class Context:
     threads: Executor
     clock: Callable[[], float]
     wall: Callable[[], float]
+    answers: Answers = field(default_factory=Answers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,6 +68,7 @@ class DocumentWork:
         self._models = context.models
         self._quotas = context.quotas
         self._threads = context.threads
+        self._wall = context.wall
         self._embed = embed
         self._lander = Lander(upserter, context.settings)
         self._failed: Failed = partial(settled, retries=retries)

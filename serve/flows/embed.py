@@ -231,6 +231,7 @@ class EmbedFlow:
             deadline_s=deadline_s if limit_s is None else limit_s,
             limit_s=limit_s,
             priority=work.priority,
+            tier=caller.tier,
         )
 
 

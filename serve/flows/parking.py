@@ -3,7 +3,8 @@
 In the queue they would stand in the way of other models' work, since nobody overtakes its head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 from serve.flows.pending import Pending
 
@@ -36,6 +37,10 @@ class Parked:
     def of(self, model: str) -> Sequence[Pending]:
         """The calls of a model, oldest first."""
         return list(self._calls.get(model, ()))
+
+    def calls(self) -> Iterator[tuple[Pending, float]]:
+        """Every call, and its cost."""
+        return chain.from_iterable(calls.items() for calls in self._calls.values())
 
     @property
     def models(self) -> Sequence[str]:

@@ -1,13 +1,14 @@
 """What `serve.flows.batching` keeps of a call between its arrival and its answer."""
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
 from serve.admission.fairness import Entry
 from serve.errors import DeadlineExceeded, ServiceError
 from serve.records import EmbedCall, EmbedReply, Vector
+from serve.telemetry import NONE, Samples
 
 
 @dataclass(slots=True, eq=False)
@@ -36,6 +37,12 @@ class Pending:
             message = "The deadline passed while the work was waiting."
             self.fail(DeadlineExceeded(message, retry_after_s=None if own else 1))
         return not self.done.done()
+
+    def begin(self, now: float, tally: "Tally") -> None:
+        """Something of it goes to the model."""
+        if self.started is None:
+            self.started = now
+            tally.waits.add(now - self.arrived, self.call.klass, self.call.tier or NONE)
 
     def put(self, index: int, row: Vector | ServiceError) -> None:
         """Keep one input's outcome."""
@@ -93,7 +100,8 @@ class Tally:
 
     `repeated` inputs were run again after a failure, `failed` ones were answered with an error of
     their own, `dropped` ones expired or lost their caller before the model saw them; `expired` are
-    calls.
+    calls. `room` is the padded tokens that the batches could have held. Seconds, until they are read:
+    `waits` of calls, by class and tier, `passes` of batches.
     """
 
     handouts: int = 0
@@ -101,8 +109,16 @@ class Tally:
     inputs: int = 0
     tokens: int = 0
     padded: int = 0
+    room: int = 0
     repeated: int = 0
     failed: int = 0
     dropped: int = 0
     expired: int = 0
     model_s: float = 0.0
+    waits: Samples = field(default_factory=Samples)
+    passes: Samples = field(default_factory=Samples)
+
+    def counts(self) -> dict[str, float]:
+        """By name."""
+        values = ((one.name, getattr(self, one.name)) for one in fields(self))
+        return {name: value for name, value in values if not isinstance(value, Samples)}

@@ -254,7 +254,7 @@ class Runner:
         """Run the model in its thread. Returns the rows and those that are not usable."""
         model = members[0][0].call.model
         engine = self._engines.engine(model)
-        size = self._padded(members)
+        size, room = self._padded(members), self.budget(model)
         inputs = [pending.call.inputs[index] for pending, index in members]
         began = self._clock()
         vectors, bad = await self._on_device(checked, engine, inputs)
@@ -265,7 +265,9 @@ class Runner:
         self._tally.inputs += len(members)
         self._tally.tokens += sum(map(tokens_of, members))
         self._tally.padded += size
+        self._tally.room += max(room, size)  # one input may be larger than the budget
         self._tally.model_s += took_s
+        self._tally.passes.add(took_s)
         return vectors, bad
 
 

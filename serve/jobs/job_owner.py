@@ -31,6 +31,7 @@ from serve.items import (
     Stats,
 )
 from serve.job_ports import Events, Jobs, Queue
+from serve.jobs import census as counted
 from serve.jobs import claims, deliveries, efforts, handed, operations, progress, settling, submit
 from serve.jobs.bell import Bell, heard, noted
 from serve.jobs.book import EVENTS
@@ -38,6 +39,7 @@ from serve.jobs.committer import Committer, Work
 from serve.jobs.operations import ACCEPTED, COUNT, JOB, Codec
 from serve.jobs.postgres import Postgres
 from serve.records import Klass
+from serve.telemetry import Census
 
 
 T = TypeVar("T")
@@ -189,6 +191,10 @@ class JobOwner(Jobs, Queue, Events):
     async def list_efforts(self, tenant: str, days: int) -> Sequence[Effort]:
         """See Events."""
         return await self._do(lambda conn, now: efforts.listed(conn, tenant, days, now))
+
+    async def census(self) -> Census:
+        """See Events."""
+        return await self._do(counted.taken)
 
     async def tick(self) -> None:
         """What is due becomes ready, what silent owners had goes back, what is over ends.

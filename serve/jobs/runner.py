@@ -9,14 +9,16 @@ comes too late is refused there. Work of which the lease is over is stopped.
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from serve.config import Jobs, Worker
 from serve.errors import Internal, ServiceError
 from serve.items import Claim, Item, Settlement, Stage, Task
 from serve.job_ports import Queue
 from serve.jobs.faults import Retries, fault_of, settled
+from serve.telemetry import Samples
 
 
 Handler = Callable[[Sequence[Item], Claim], Awaitable[Sequence[Settlement]]]
@@ -41,11 +43,17 @@ log = logging.getLogger("headrace.worker")
 
 @dataclass(slots=True)
 class Done:
-    """What a worker has done since it started."""
+    """What a worker has done since it started.
+
+    `words` counts settled items by task and word; `took` are the seconds of claims, by task, until they are
+    read.
+    """
 
     claimed: int = 0
     settled: int = 0
     lost: int = 0
+    words: Counter[tuple[Task, str]] = field(default_factory=Counter)
+    took: Samples = field(default_factory=Samples)
 
 
 class Runner:
@@ -179,6 +187,8 @@ class Runner:
                 tasks.create_task(self._handle(task, items, claim))
 
     async def _handle(self, task: Task, items: Sequence[Item], claim: Claim) -> None:
+        now = asyncio.get_running_loop().time
+        began = now()
         try:
             settlements = list(await self._handlers[task](items, claim))
         except Exception as error:
@@ -194,29 +204,34 @@ class Runner:
         if untold:
             log.error("nothing was said of %d items of the task %s", len(untold), task)
             settlements += [settled(item, Internal(), self._retries) for item in untold]
-        await self._settle(settlements)
+        await self._settle(task, settlements)
+        self.done.took.add(now() - began, task)
 
-    async def _settle(self, settlements: Sequence[Settlement]) -> None:
+    async def _settle(self, task: Task, settlements: Sequence[Settlement]) -> None:
         """Until the Store has it: while it is away, no lease ends there."""
         while True:
             try:
                 applied = await self._queue.settle(settlements)
             except ServiceError as error:
                 if not error.retryable:
-                    await self._settle_each(settlements, error)
+                    await self._settle_each(task, settlements, error)
                     return
                 log.warning("cannot settle %d items yet: %s", len(settlements), error)
                 await asyncio.sleep(AWAY_S)
             else:
-                self.done.settled += sum(applied)
-                self.done.lost += len(applied) - sum(applied)
+                kept = [one for one, is_kept in zip(settlements, applied, strict=True) if is_kept]
+                self.done.settled += len(kept)
+                self.done.lost += len(applied) - len(kept)
+                self.done.words.update((task, one.word) for one in kept)
                 return
 
-    async def _settle_each(self, settlements: Sequence[Settlement], error: ServiceError) -> None:
+    async def _settle_each(
+        self, task: Task, settlements: Sequence[Settlement], error: ServiceError
+    ) -> None:
         """The Store cannot keep what one of them says: that one has failed, not the others."""
         if len(settlements) > 1:
             for one in settlements:
-                await self._settle([one])
+                await self._settle(task, [one])
             return
         (one,) = settlements
         if one.fault == fault_of(error):
@@ -224,7 +239,7 @@ class Runner:
             return
         log.error("cannot keep what became of the item %d: %s", one.item, error)
         blank = Settlement(one.item, one.lease, "retry", fault=fault_of(error))
-        await self._settle([replace(blank, delay_s=self._retries.after(1))])
+        await self._settle(task, [replace(blank, delay_s=self._retries.after(1))])
 
     async def _beat(self) -> None:
         pause_s = self._rules.heartbeat_s

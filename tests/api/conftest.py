@@ -204,6 +204,7 @@ class Whole:
     keys: Mapping[str, str]
     stack: AsyncExitStack = field(repr=False)
     worker: asyncio.Task[None] | None = field(default=None, repr=False)
+    documents: list[DocumentWork] = field(default_factory=list, repr=False)
 
     def __getattr__(self, name: str) -> Any:
         """A port: `whole.embedder`."""
@@ -228,6 +229,7 @@ class Whole:
         rng = random.Random(1)  # noqa: S311  jitter
         retries = Retries(rules.retry_s, rules.retry_factor, rules.retry_s_max, rng)
         documents = DocumentWork(context, self.service.embed, self.ports.upserter, retries)
+        self.documents.append(documents)  # one a worker
         batches = batch_handlers(
             context,
             self.service.embed,

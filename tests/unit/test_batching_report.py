@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from serve.flows.turns import Waiting
 from serve.records import Input, QueueReport
 
 
@@ -77,3 +78,46 @@ async def test_small_hand_outs_say_nothing_of_what_cost_takes(rig):
     for _ in range(20):
         await one.ask(of_length(1))
     assert one.batcher.report("default", "r1", 10).cost_s == before
+
+
+async def test_what_waits_is_counted_by_class_and_tier_also_for_a_model(rig, clock):
+    one = rig(loose="n")
+    one.loader.held = True
+    await one.hold()
+    await one.start(of_length(30), of_length(20), tier="free")
+    clock.advance(2)
+    await one.start(of_length(10), tenant="bob", tier="free")
+    await one.start(of_length(7), tenant="bob", klass="bulk")
+    await one.start(of_length(5), tenant="cat", tier="premium", model="n")
+    assert one.batcher.waiting() == {
+        ("interactive", "free"): Waiting(3, 60, 2),
+        ("bulk", "none"): Waiting(1, 7, 0),
+        ("interactive", "premium"): Waiting(1, 5, 0),
+    }
+    await one.release()
+    assert one.batcher.waiting() == {}
+
+
+async def test_each_call_tells_once_how_long_it_waited(rig, clock):
+    one = rig(tokens_min=10, tokens_max=10, target_ms=1)
+    await one.hold()
+    await one.start(of_length(10), of_length(10), tier="free")  # two hand-outs
+    clock.advance(3)
+    await one.release()
+    waits = list(one.batcher.tally.waits.read("headrace_queue_wait_seconds", "default"))
+    assert [(told.value >= 3, told.labels) for told in waits] == [
+        (False, ("default", "interactive", "none")),  # the occupant
+        (True, ("default", "interactive", "free")),
+    ]
+
+
+async def test_batches_tell_their_room_and_their_time(rig):
+    one = rig(tokens_min=100, tokens_max=100)
+    await one.ask(of_length(60), of_length(20))  # together they would be 120 with padding
+    tally = one.batcher.tally
+    assert (tally.tokens, tally.padded, tally.room) == (80, 80, 200)
+    await one.ask(of_length(300))  # larger than what a batch may hold
+    assert tally.room == 500
+    assert sum(told.value for told in tally.passes.read("headrace_infer_seconds", "p")) == (
+        pytest.approx(tally.model_s)
+    )

@@ -27,6 +27,7 @@ class Card:
             held_bytes=lambda: self.held,
             reserve=self.reserve,
             give_back=self.give_back,
+            card_bytes=lambda: (400, 1000),
         )
         monkeypatch.setitem(sys.modules, "serve.embedding.cuda", module)
         monkeypatch.setattr(serve.embedding, "cuda", module, raising=False)
@@ -102,6 +103,11 @@ def test_a_pool_on_a_cpu_does_not_ask_for_a_card(card, clock) -> None:
     loaded.load()
     loaded.relieve()
     assert (card.shares, card.given_back) == ([], 0)
+    assert loaded.card_bytes() is None
+
+
+def test_the_memory_of_the_card_is_told(card, clock) -> None:
+    assert pool(card, clock, 10, gpus=1).card_bytes() == (400, 1000)
 
 
 @pytest.mark.gpu
@@ -114,6 +120,8 @@ def test_a_share_is_enforced() -> None:
     before = cuda.held_bytes()
     held = torch.ones(2**20, device="cuda")
     assert cuda.held_bytes() - before == held.nbytes
+    taken, total = cuda.card_bytes()
+    assert held.nbytes <= taken < total
     with pytest.raises(torch.OutOfMemoryError):
         torch.ones(most, dtype=torch.uint8, device="cuda")
     cuda.give_back()

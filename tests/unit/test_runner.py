@@ -124,8 +124,12 @@ async def test_items_are_given_to_the_handler_of_their_task(shelf: Shelf):
     runner = worker(shelf, handler)
     async with running(runner):
         assert await shelf.words(4) == dict.fromkeys((1, 2, 3, 4), "done")
+        await turns(3)
     assert sorted(seen) == [[1, 2], [3]]
     assert (runner.done.claimed, runner.done.settled, runner.done.lost) == (4, 4, 0)
+    assert runner.done.words == {("document", "done"): 3, ("delete", "done"): 1}
+    took = [one.labels for one in runner.done.took.read("headrace_item_seconds")]
+    assert sorted(took) == [("delete",), ("document",), ("document",)]
 
 
 async def test_nothing_is_claimed_while_the_gate_of_its_stage_is_shut(shelf: Shelf):
@@ -225,6 +229,7 @@ async def test_a_lost_lease_is_counted_and_not_repeated(shelf: Shelf):
         await shelf.words(2)
         await asyncio.sleep(0)
     assert (runner.done.settled, runner.done.lost) == (1, 1)
+    assert runner.done.words == {("document", "done"): 1}
 
 
 async def test_nothing_is_lost_while_the_store_is_away_for_a_while(shelf: Shelf):
@@ -246,7 +251,7 @@ async def test_what_was_done_is_kept_however_long_the_store_is_away(
     loop = asyncio.get_running_loop()
     start, steps = loop.time(), iter(range(10**6))
     monkeypatch.setattr(loop, "time", lambda: start + 60 * next(steps))
-    await runner._settle([Settlement(1, 1, "done")])
+    await runner._settle("document", [Settlement(1, 1, "done")])
     assert shelf.settled[1].word == "done"
     assert runner.done.settled == 1
 
