@@ -190,7 +190,7 @@ class VectorFlow:
                 results[at] = _failed(_taken(one))
         sender = Sender(caller.tenant, caller.weight)
         landed = await self._landed(sender, collection, writes, until)
-        return replace(landed, results=results | landed.results)
+        return replace(landed, results={**results, **landed.results})
 
     async def fetch(
         self, caller: Caller, name: str, ids: Sequence[str], until: float | None = None
