@@ -139,9 +139,8 @@ class Ceiling:
         embedders = {pool.name: await InProcess.load(pool, settings) for pool in settings.pools}
         return cls(settings, embedders, store, await store.take_epoch(UPSERTER, 1))
 
-    def _wire(self, settings: Settings, store: StoreOwner) -> Service:
-        """As `deployments.ingress` does it on a replica."""
-        context = Context(
+    def _context(self, settings: Settings) -> Context:
+        return Context(
             settings,
             Models.open(settings, self._embedders),
             self._quotas,
@@ -149,6 +148,10 @@ class Ceiling:
             time.monotonic,
             time.time,
         )
+
+    def _wire(self, settings: Settings, store: StoreOwner) -> Service:
+        """As `deployments.ingress` does it on a replica."""
+        context = self._context(settings)
         embed = EmbedFlow(context, kept_bytes_max=settings.cache.bytes_max)
         rerank = RerankFlow(context, embed)
         collections = CollectionFlow(context, store, self._upserter)

@@ -128,10 +128,16 @@ def of_work(done: Done) -> Iterator[Reading]:
     yield from done.took.read("headrace_item_seconds")
 
 
+_LAGS = {
+    "indexed": "headrace_lag_indexed_seconds",
+    "searchable": "headrace_lag_searchable_seconds",
+}
+
+
 def of_lags(lags: Lags) -> Iterator[Reading]:
     """How long writes took from their acceptance to the index, and until searches saw them."""
     for reached, seconds in lags.take():
-        yield Reading(f"headrace_lag_{reached}_seconds", seconds)
+        yield Reading(_LAGS[reached], seconds)
 
 
 def of_buffer(stats: Mapping[str, Any]) -> Iterator[Reading]:

@@ -187,6 +187,7 @@ class Ports:
     upserter: Any
     index: MemoryIndex
     probes: Probes
+    lags: Lags
     ledger: Any
     queues: Any
     blobs: LocalBlobs
@@ -204,7 +205,6 @@ class Whole:
     keys: Mapping[str, str]
     stack: AsyncExitStack = field(repr=False)
     worker: asyncio.Task[None] | None = field(default=None, repr=False)
-    documents: list[DocumentWork] = field(default_factory=list, repr=False)
 
     def __getattr__(self, name: str) -> Any:
         """A port: `whole.embedder`."""
@@ -229,7 +229,6 @@ class Whole:
         rng = random.Random(1)  # noqa: S311  jitter
         retries = Retries(rules.retry_s, rules.retry_factor, rules.retry_s_max, rng)
         documents = DocumentWork(context, self.service.embed, self.ports.upserter, retries)
-        self.documents.append(documents)  # one a worker
         batches = batch_handlers(
             context,
             self.service.embed,
@@ -371,6 +370,7 @@ class Builder:
         await self.background(writer.run())
         probes = Probes(index, settings.index.probe_s)
         await self.background(probes.run())
+        lags = Lags(probes, self.wall)
         embedder = LocalEmbedder(self._batcher(settings))
         if serving:
             await self.background(embedder.batcher.run())
@@ -378,9 +378,10 @@ class Builder:
         ports = Ports(
             embedder,
             store=Sabotage(owner),
-            upserter=Sabotage(TimedWriter(writer, Lags(probes, self.wall))),
+            upserter=Sabotage(TimedWriter(writer, lags)),
             index=index,
             probes=probes,
+            lags=lags,
             ledger=Sabotage(ledger),
             queues=Sabotage(FakeQueues()),
             blobs=LocalBlobs(self.folder / f"{self.made}.blobs"),

@@ -367,9 +367,9 @@ async def test_large_requests_go_in_groups_and_parts(start):
     offered = []
     offer = whole.upserter.offer
 
-    async def spy(ns, writes, deadline_s):
+    async def spy(sender, ns, writes, deadline_s):
         offered.append(len(writes))
-        return await offer(ns, writes, deadline_s)
+        return await offer(sender, ns, writes, deadline_s)
 
     whole.upserter.offer = spy
     long = " ".join(f"word{n}" for n in range(200))

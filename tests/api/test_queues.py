@@ -183,7 +183,7 @@ async def test_a_batch_of_nothing_but_bad_messages_has_verdicts_and_no_receipt(b
 
 
 async def test_what_the_index_refuses_is_dead(books, whole, monkeypatch):
-    async def refusing(_ns, records, _deadline_s):
+    async def refusing(_sender, _ns, records, _deadline_s):
         return [Outcome("rejected", "no") for _ in records]
 
     monkeypatch.setattr(whole.upserter, "offer", refusing, raising=False)

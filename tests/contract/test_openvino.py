@@ -21,6 +21,8 @@ from serve.embedding.onnx import OnnxEngine  # noqa: E402
 from serve.embedding.openvino import OpenVinoEngine, rounded  # noqa: E402
 
 
+pytestmark = pytest.mark.timeout(400)  # the first run of all makes a graph
+
 GRAPHS = Path(__file__).parents[2] / "data" / "graphs"
 MINILM = Settings().pools[0].models[0]
 

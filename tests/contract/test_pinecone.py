@@ -32,6 +32,7 @@ from tests.contract.pinecone_server import BODY_BYTES_MAX, KEY, PineconeServer, 
 
 
 NS = "0" * 31 + "c"
+ME = Sender("me", 1.0)
 DIMENSIONS = 8
 UPSERT = "/vectors/upsert"
 NEVER = 10**9
@@ -227,10 +228,9 @@ async def test_a_key_that_is_refused_pauses_the_index(rig):
     rig.server.key = "another"
     with pytest.raises(IndexUnavailable):
         await index.open()
-    with pytest.raises(IndexOffline):
-        await index.ensure(CollectionSpec(NS, DIMENSIONS))
-    with pytest.raises(IndexOffline):
-        await index.upsert(NS, records(1))
+    for call in (index.ensure(CollectionSpec(NS, DIMENSIONS)), index.upsert(NS, records(1))):
+        with pytest.raises(IndexOffline):
+            await call
     rig.server.key = KEY
     await index.upsert(NS, records(1))
 
@@ -546,13 +546,8 @@ async def test_a_filter_with_too_many_candidates_is_refused_not_cut(rig, monkeyp
 
 
 class Unfenced:
-    """A fence that lets everything pass."""
-
     async def superseded(self, *_: Any) -> frozenset[str]:
         return frozenset()
-
-
-ME = Sender("me", 1.0)
 
 
 @asynccontextmanager
@@ -568,9 +563,8 @@ async def written(index: PineconeIndex, rng: Any) -> AsyncIterator[Writer]:
         rng=rng,
     )
     running = asyncio.create_task(writer.run())
-    async with AsyncExitStack() as stack:
-        stack.push_async_callback(writer.drain, 5)
-        yield writer
+    yield writer
+    await writer.drain(5)
     await running
 
 
@@ -601,7 +595,6 @@ async def test_a_landed_write_is_waited_for_until_searches_see_it(rig, rng):
         assert gone.token == UNPROVED
         assert await probes.sees(NS, gone.token, 30) is None
         rig.server.lsn = False
-        (unsaid,) = await writer.offer(ME, NS, records(1, 3), 30)
-        assert unsaid.token == UNPROVED
+        assert (await writer.offer(ME, NS, records(1, 3), 30))[0].token == UNPROVED
         assert await probes.sees(NS, outcome.token + 1, 30) is None
     looking.cancel()

@@ -82,6 +82,7 @@ class BufferMachine(RuleBasedStateMachine):
         self.asked: dict[int, Asked] = {}
         self.open: set[int] = set()
         self.outcomes: dict[int, Outcome] = {}
+        self.ended: dict[int, int] = {}
         self.flying: list[Batch] = []
         self.sent: set[str] = set()
         self.index: dict[Key, int] = {}
@@ -278,6 +279,7 @@ class BufferMachine(RuleBasedStateMachine):
             assert ticket in self.open, "an outcome twice, or for nobody"
             self.open.remove(ticket)
             self.outcomes[ticket] = outcome
+            self.ended[ticket] = max(self.asked)
             self._check(ticket, outcome)
 
     def _check(self, ticket: int, outcome: Outcome) -> None:
@@ -371,7 +373,15 @@ class BufferMachine(RuleBasedStateMachine):
             if isinstance(asked.write, Record):
                 assert (held is not None and held >= generation) or max(removed) >= generation
             else:
-                assert held is None or held > generation or self._outranked(ticket)
+                late = self._came_back(ticket)
+                assert held is None or held > generation or late or self._outranked(ticket)
+
+    def _came_back(self, ticket: int) -> bool:
+        """Whether its id was offered again later: of what it removed only the Store knows then."""
+        key = self.asked[ticket].key
+        return any(
+            other.key == key for number, other in self.asked.items() if number > self.ended[ticket]
+        )
 
 
 BufferMachine.TestCase.settings = settings(
