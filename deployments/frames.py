@@ -41,6 +41,7 @@ _FIELDS = (
     "limit_s",
     "priority",
     "tier",
+    "trace",
 )
 """Of a call, in the order of a body; its inputs come after them."""
 

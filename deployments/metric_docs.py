@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
 
-from serve.telemetry import LABELS, METRICS, Metric
+from serve.telemetry import LABELS, METRICS, SPANS, Metric
 
 
 PAGE = Path(__file__).parent.parent / "docs" / "metrics.md"
@@ -27,8 +27,23 @@ Dashboard and alerts stand in `k8s/monitoring/`.
 """
 
 
-def render(metrics: Iterable[Metric], labels: Mapping[str, tuple[str, ...] | str]) -> str:
-    """The whole page: a table of each place, then the labels."""
+SPAN_HEADER = """
+## Spans
+
+Made where `OTEL_EXPORTER_OTLP_ENDPOINT` is set ([operations.md](operations.md#traces)). Attributes carry ids, classes
+and counts; no text, vector, key or tenant.
+
+| span | |
+|---|---|
+"""
+
+
+def render(
+    metrics: Iterable[Metric],
+    labels: Mapping[str, tuple[str, ...] | str],
+    spans: Mapping[str, str],
+) -> str:
+    """The whole page: a table of each place, then the labels and the spans."""
     parts = [INTRODUCTION]
     for place, rows in groupby(metrics, key=lambda one: one.place):
         parts.append(f"\n## {place}\n\n| metric | kind | unit | |\n|---|---|---|---|\n")
@@ -37,6 +52,8 @@ def render(metrics: Iterable[Metric], labels: Mapping[str, tuple[str, ...] | str
     for name, values in labels.items():
         text = values if isinstance(values, str) else ", ".join(f"`{one}`" for one in values)
         parts.append(f"| `{name}` | {text} |\n")
+    parts.append(SPAN_HEADER)
+    parts += (f"| `{name}` | {text} |\n" for name, text in spans.items())
     return "".join(parts)
 
 
@@ -47,7 +64,7 @@ def _row(one: Metric) -> str:
 
 def main() -> None:
     """Write the page."""
-    PAGE.write_text(render(METRICS.values(), LABELS), encoding="utf-8")
+    PAGE.write_text(render(METRICS.values(), LABELS, SPANS), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from typing import Any, cast
 
 from deployments.actors import STORE
 from deployments.named import Named
+from serve import tracing
 from serve.config import Settings
 from serve.errors import StoreUnavailable
 
@@ -17,7 +18,8 @@ class StoreCalls:
 
     async def _call(self, method: str, *args: Any, wait_s: float = 0.0) -> Any:
         """One method; `wait_s` is how long it may wait for something by itself."""
-        return await self._named.call("call", method, *args, timeout_s=self._timeout_s + wait_s)
+        with tracing.part("headrace.store", method=method):
+            return await self._named.call("call", method, *args, timeout_s=self._timeout_s + wait_s)
 
     async def ready(self, timeout_s: float) -> bool:
         """Whether it answers."""

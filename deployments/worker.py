@@ -22,6 +22,7 @@ from deployments.metrics import Source, publish
 from deployments.quotas import open_quotas
 from deployments.store_port import StorePort
 from deployments.stores import close_store, open_store, tick
+from deployments.tracing import trace
 from deployments.vaults import open_vault
 from serve import config
 from serve.config import Settings
@@ -51,17 +52,14 @@ class Worker:
         embedders: Mapping[str, DeploymentHandle[Any]],
     ) -> None:
         """`embedders` holds one handle per pool, by name; `settings.data_dir` is absolute."""
+        trace("worker")
         ports = embedder_ports(embedders, settings)
         store = self._store = await asyncio.to_thread(open_store, settings)
         replica = get_replica_context().replica_tag
         self._quotas = open_quotas(settings, store, replica, worker.replicas)
+        threads = ThreadPoolExecutor(settings.ingress.tokenizer_threads, "tokenizer")
         context = Context(
-            settings,
-            Models.open(settings, ports),
-            self._quotas,
-            ThreadPoolExecutor(settings.ingress.tokenizer_threads, "tokenizer"),
-            time.monotonic,
-            time.time,
+            settings, Models.open(settings, ports), self._quotas, threads, time.monotonic, time.time
         )
         rng = random.Random()  # noqa: S311  jitter, not a secret
         rules = settings.jobs

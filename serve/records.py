@@ -80,7 +80,7 @@ class EmbedCall:
     for others, relative to arrival because clocks of two processes must not be compared; the
     time of its own work is added by the embedder. `limit_s` is the client's own deadline, which
     includes that work: nothing of the call starts after it. `priority` (0..100, higher first) orders the tenant's own calls of a class, nobody else's.
-    `tier` is the tenant's, for figures.
+    `tier` is the tenant's, for figures; `trace` is the caller's span, see `serve.tracing`.
     """
 
     request_id: str
@@ -94,6 +94,7 @@ class EmbedCall:
     limit_s: float | None = None
     priority: int = 0
     tier: str = ""
+    trace: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,6 +283,7 @@ class Record:
 
     `metadata` is the user's own; `text`, `start`, `end` and `ordinal` are the chunk's. `accepted_at` is
     when the Store accepted the write, in epoch seconds of its clock; 0: not known, or on the way back.
+    `trace` is the span that writes it, see `serve.tracing`; no index keeps it.
     """
 
     id: str
@@ -294,19 +296,21 @@ class Record:
     end: int = 0
     metadata: Mapping[str, Any] = field(default_factory=dict)
     accepted_at: float = field(default=0.0, compare=False)
+    trace: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Tombstone:
     """Deletes the record `id` unless the index holds a generation above `generation`.
 
-    `accepted_at` as a record's.
+    `accepted_at` and `trace` as a record's.
     """
 
     id: str
     document: str
     generation: int
     accepted_at: float = field(default=0.0, compare=False)
+    trace: str = field(default="", compare=False)
 
 
 Write = Record | Tombstone

@@ -167,6 +167,18 @@ def _rows(table: str) -> Iterator[Metric]:
 METRICS: Mapping[str, Metric] = {row.name: row for row in _rows(_TABLE)}
 """By name, in the order of the table."""
 
+SPANS: Mapping[str, str] = {
+    "headrace.request": "A request, from its arrival to the end of its reply; within the client's `traceparent`.",
+    "headrace.tokenise": "Tokenising of a request, its wait for a thread included.",
+    "headrace.store": "A call of the Store's actor within a request or a job.",
+    "headrace.queue": "A call's wait in the fair queue, and for its model.",
+    "headrace.batch": "A batch at the model: a trace of its own, with a link to each call.",
+    "headrace.work": "A worker at items of a job; within the request that made the job.",
+    "headrace.offer": "Writes from a worker until the index has answered.",
+    "headrace.flush": "A bulk upsert: a trace of its own, with a link to each offer.",
+}
+"""What `serve.tracing` makes. Attributes carry ids, classes and counts; no text, vector, key or tenant."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reading:

@@ -11,6 +11,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve import tracing
 from serve.api.problems import respond
 from serve.api.rates import RawHeaders, rate_headers
 from serve.api.service import Service
@@ -62,8 +63,14 @@ class Envelope:
         if _length(headers) > bytes_max:
             await respond(_too_large(bytes_max), scope)(scope, receive, answer)
             return
+        with tracing.arrival(headers.get(b"traceparent", b""), request=request_id) as span:
+            await self._answered(scope, _bounded(receive, bytes_max), answer)
+            span.note(klass=state.get("klass", NONE), status=answer.status)
+
+    async def _answered(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
+        request_id = scope["state"]["request_id"]
         try:
-            await self._app(scope, _bounded(receive, bytes_max), answer)
+            await self._app(scope, receive, answer)
         except ClientDisconnect:
             log.info("request %s: the client left before its body was read", request_id)
         except Exception:  # a named rim: a 500 without a traceback
@@ -85,6 +92,7 @@ class _Answer:
         self, state: Mapping[str, Any], send: Send, context: Context, *, id_echoed: bool
     ) -> None:
         self.started = False
+        self.status = 0
         self._state = state
         self._send = send
         self._context = context
@@ -94,7 +102,8 @@ class _Answer:
         if message["type"] == "http.response.start":
             self.started = True
             now = self._context.clock()
-            self._count(message["status"], now)
+            self.status = message["status"]
+            self._count(self.status, now)
             message["headers"] = [*message["headers"], *self._headers(now)]
         await self._send(message)
 

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from serve import tracing
 from serve.content.documents import Document
 from serve.errors import BadInput, ServiceError
 from serve.flows.attempts import tried
@@ -95,6 +96,10 @@ class DocumentWork:
         return [*over, *await by_job(rest, act, self._failed)]
 
     async def _written(self, claim: Claim, items: Sequence[Item]) -> list[Settlement]:
+        with _part(claim, items):
+            return await self._worked(claim, items)
+
+    async def _worked(self, claim: Claim, items: Sequence[Item]) -> list[Settlement]:
         target = self._target(claim, items[0].job)
         if items[0].stage == "prepare":
             return await one_by_one(items, partial(self._prepared, target), self._failed)
@@ -210,10 +215,11 @@ class DocumentWork:
 
     async def _deleted(self, claim: Claim, items: Sequence[Item]) -> list[Settlement]:
         job = claim.jobs[items[0].job]
-        await self._lander.hold(sender_of(job))
         collection = claim.collections[job.collection]
         landings = [Landing(item, (), job.created_at) for item in items]
-        landfall = await tried(lambda: self._lander.land(sender_of(job), collection, landings))
+        with _part(claim, items):
+            await self._lander.hold(sender_of(job))
+            landfall = await tried(lambda: self._lander.land(sender_of(job), collection, landings))
         return [
             Settlement(
                 item.id,
@@ -225,6 +231,15 @@ class DocumentWork:
             )
             for item in items
         ]
+
+
+def _part(claim: Claim, items: Sequence[Item]) -> tracing.Part:
+    """Of the trace in which their job was made."""
+    job = claim.jobs[items[0].job]
+    carrier = job.spec.get(tracing.KEPT, "")
+    return tracing.part(
+        "headrace.work", carrier, job=job.id, stage=items[0].stage, items=len(items)
+    )
 
 
 def _document(item: Item) -> Document:

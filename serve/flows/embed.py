@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from serve import tracing
 from serve.embedding.quantise import BITS, Dtype
 from serve.errors import BadInput, PoisonInput, ServiceError
 from serve.flows.context import Context, Timing, left, within
@@ -122,7 +123,8 @@ class EmbedFlow:
         admitted = partial(self._quotas.admitted, caller, "interactive")
         async with within(until, self._clock), admitted(tokens=0):  # tokenising is work, too
             began = self._clock()
-            ids, cuts = await self.tokenise(served, request)
+            with tracing.part("headrace.tokenise"):
+                ids, cuts = await self.tokenise(served, request)
             tokenise_ms = (self._clock() - began) * 1e3
             tokens = sum(len(row) for row in ids)
             async with admitted(tokens=tokens, requests=0):
@@ -232,6 +234,7 @@ class EmbedFlow:
             limit_s=limit_s,
             priority=work.priority,
             tier=caller.tier,
+            trace=tracing.carrier(),
         )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
+from serve import tracing
 from serve.content.documents import Document, validate_documents
 from serve.errors import BadInput, Internal, PoisonInput, ServiceError
 from serve.flows.collections import CollectionFlow
@@ -193,7 +194,12 @@ class IngestFlow:
             created_at=now,
             priority=terms.priority,
             collection=collection.uuid,
-            spec={"collection": collection.name, "model": collection.model, **chosen.spec},
+            spec={
+                "collection": collection.name,
+                "model": collection.model,
+                **chosen.spec,
+                **tracing.kept(),
+            },
             expires_at=now + self._settings.jobs.expires_s_max,
         )
         with self._feed.watch(job.id) as watch:

@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from serve import tracing
 from serve.content.documents import Document, validate_documents
 from serve.errors import BadInput, NotFound, ServiceError
 from serve.flows.collections import CollectionFlow
@@ -168,7 +169,7 @@ class JobFlow:
             collection=collection.uuid,
             on_error=request.on_error,
             webhook=request.webhook,
-            spec={"collection": collection.name, "model": collection.model},
+            spec={"collection": collection.name, "model": collection.model, **tracing.kept()},
             metadata=request.metadata,
             files={"input": request.file} if request.file else {},
             expires_at=now + (most_s if request.expires_s is None else request.expires_s),

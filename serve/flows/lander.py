@@ -1,9 +1,10 @@
 """Lands records of items in a collection, then removes the chunks that earlier versions had more."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
+from serve import tracing
 from serve.config import Settings
 from serve.errors import BadInput, IndexUnavailable, Internal, ServiceError
 from serve.flows.landing import chunk_id
@@ -92,7 +93,10 @@ class Lander:
         outcomes: list[Outcome] = []
         waiting = iter(writes)
         while part := list(islice(waiting, self._items_max)):
-            some = await self._upserter.offer(sender, collection.uuid, part, self._deadline_s)
+            with tracing.part("headrace.offer", writes=len(part)):
+                if trace := tracing.carrier():
+                    part = [replace(one, trace=trace) for one in part]
+                some = await self._upserter.offer(sender, collection.uuid, part, self._deadline_s)
             if any(outcome.word == "released" for outcome in some):
                 raise IndexUnavailable("The index did not take it in time.", retry_after_s=1)
             outcomes += some

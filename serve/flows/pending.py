@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 
+from serve import tracing
 from serve.admission.fairness import Entry
 from serve.errors import DeadlineExceeded, ServiceError
 from serve.records import EmbedCall, EmbedReply, Vector
@@ -43,6 +44,8 @@ class Pending:
         if self.started is None:
             self.started = now
             tally.waits.add(now - self.arrived, self.call.klass, self.call.tier or NONE)
+            if self.call.trace:
+                tracing.past("headrace.queue", self.call.trace, now - self.arrived)
 
     def put(self, index: int, row: Vector | ServiceError) -> None:
         """Keep one input's outcome."""

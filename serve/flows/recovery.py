@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import ParamSpec, Protocol, TypeVar
 
+from serve import tracing
 from serve.config import Batch
 from serve.embedding.budget import Budget
 from serve.embedding.guard import checked, out_of_memory
@@ -257,7 +258,9 @@ class Runner:
         size, room = self._padded(members), self.budget(model)
         inputs = [pending.call.inputs[index] for pending, index in members]
         began = self._clock()
-        vectors, bad = await self._on_device(checked, engine, inputs)
+        traces = (pending.call.trace for pending, _ in members)
+        with tracing.joint("headrace.batch", traces, model=model, inputs=len(inputs)):
+            vectors, bad = await self._on_device(checked, engine, inputs)
         took_s = self._clock() - began
         self._paces[model].learn(size, took_s)
         self._budget(model).fits(size, began)

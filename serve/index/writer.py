@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from logging import getLogger
 from typing import Any
 
+from serve import tracing
 from serve.config import Buffer as BufferSettings
 from serve.errors import Fenced, IndexUnavailable, ServiceError
 from serve.index.buffer import RELEASED, Buffer
@@ -190,8 +191,11 @@ class Writer:
             return
 
     async def _flush(self, batch: Batch) -> None:
+        traces = (write.trace for write in batch.writes)
         try:
-            landed = await self._send(batch)
+            with tracing.joint("headrace.flush", traces, writes=len(batch.writes)) as span:
+                landed = await self._send(batch)
+                span.note(landed=landed)
         finally:
             if self._flushes.get(batch.ns) is asyncio.current_task():
                 del self._flushes[batch.ns]
