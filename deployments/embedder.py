@@ -11,8 +11,8 @@ from ray.serve import get_replica_context
 
 from deployments.handles import LedgerPort
 from deployments.metrics import publish
+from deployments.observed import observe
 from deployments.outlet import LOOPBACK, Address, Outlet
-from deployments.tracing import trace
 from serve import config
 from serve.embedding.pool import Pool
 from serve.errors import ServiceError
@@ -33,7 +33,7 @@ class Embedder:
         """Load and warm every pinned model, then start the batcher; ready means a forward pass ran."""
         # First: Serve calls `__del__` even when a model cannot be loaded.
         self._outlet = Outlet(self.embed, calls_max=pool.calls_max)
-        trace("embedder")
+        observe("embedder", settings.logs)
         self._drain_s = settings.actors.drain_s
         self._pool = Pool(pool, clock=time.monotonic)
         self._executor = ThreadPoolExecutor(self._pool.slots, "model")

@@ -15,9 +15,9 @@ from ray.serve.handle import DeploymentHandle
 from deployments.handles import LedgerPort, UpserterPort, embedder_ports
 from deployments.indexes import make_index
 from deployments.metrics import publish
+from deployments.observed import observe
 from deployments.quotas import open_quotas
 from deployments.stores import close_store, open_store
-from deployments.tracing import trace
 from deployments.vaults import open_vault
 from serve.admission.keys import Door
 from serve.api.app import create_app
@@ -80,7 +80,7 @@ class Ingress:
 
         The workers are nobody's to call: they stand here so that Serve deploys them.
         """
-        trace("ingress")
+        observe("ingress", settings.logs)
         self._embedders = embedder_ports(embedders, settings)
         self._store = await asyncio.to_thread(open_store, settings)
         self._upserter = UpserterPort(settings)

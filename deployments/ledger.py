@@ -12,6 +12,7 @@ from dataclasses import replace
 import ray
 
 from deployments.actors import State, leave, watch
+from deployments.observed import observe
 from serve.admission.bank import BankLedger
 from serve.config import Settings
 from serve.grants import Draw, Grant, Return
@@ -70,6 +71,7 @@ class LedgerActor:
 
     async def __init__(self, settings: Settings, _deploy_seq: int) -> None:  # type: ignore[misc]
         """Begin with empty books."""
+        observe("ledger", settings.logs)
         self._leaving = False
         self._ledger = BankLedger(
             settings.ledger,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from deployments.actors import STORE, State, ended, leave, starting, watch
+from deployments.observed import observe
 from deployments.stores import tick
 from serve.config import Settings
 from serve.errors import Internal
@@ -32,6 +33,7 @@ class StoreActor:
 
     async def __init__(self, settings: Settings, _deploy_seq: int) -> None:  # type: ignore[misc]
         """Open the file, waiting for a predecessor's lock. `settings.data_dir` is absolute."""
+        observe("store", settings.logs)
         self._leaving = False
         async with starting(STORE, settings):
             self._owner = await asyncio.to_thread(_open, settings)

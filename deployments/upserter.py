@@ -19,8 +19,8 @@ from deployments.actors import (
 )
 from deployments.indexes import make_index
 from deployments.metrics import publish
+from deployments.observed import observe
 from deployments.stores import Store, close_store, open_store
-from deployments.tracing import trace
 from serve.config import Settings
 from serve.errors import IndexUnavailable, Overloaded, ServiceError, StoreUnavailable
 from serve.flows.readings import of_buffer, of_census, of_lags
@@ -47,7 +47,7 @@ class UpserterActor:
 
     async def __init__(self, settings: Settings, deploy_seq: int) -> None:  # type: ignore[misc]
         """Take the epoch, open and warm the index, drop what was deleted but not yet gone."""
-        trace("upserter")
+        observe("upserter", settings.logs)
         self._settings = settings
         self._leaving = False
         async with starting(UPSERTER, settings):

@@ -19,10 +19,10 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.handles import UpserterPort, embedder_ports
 from deployments.metrics import Source, publish
+from deployments.observed import observe
 from deployments.quotas import open_quotas
 from deployments.store_port import StorePort
 from deployments.stores import close_store, open_store, tick
-from deployments.tracing import trace
 from deployments.vaults import open_vault
 from serve import config
 from serve.config import Settings
@@ -52,7 +52,7 @@ class Worker:
         embedders: Mapping[str, DeploymentHandle[Any]],
     ) -> None:
         """`embedders` holds one handle per pool, by name; `settings.data_dir` is absolute."""
-        trace("worker")
+        observe("worker", settings.logs)
         ports = embedder_ports(embedders, settings)
         store = self._store = await asyncio.to_thread(open_store, settings)
         replica = get_replica_context().replica_tag

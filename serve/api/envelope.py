@@ -18,6 +18,7 @@ from serve.api.service import Service
 from serve.config import Settings
 from serve.errors import Internal, TooLarge
 from serve.flows.context import Context, Timing
+from serve.logs import REQUEST
 from serve.telemetry import NONE
 
 
@@ -55,6 +56,7 @@ class Envelope:
         headers = dict(scope["headers"])  # Starlette's own look-up costs 20 us where there is none
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+        REQUEST.set(request_id)  # of this task, which is the request's
         context = self._service().context
         state = scope.setdefault("state", {})
         state["request_id"], state["arrived"] = request_id, context.clock()

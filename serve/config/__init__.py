@@ -25,7 +25,7 @@ from serve.config.embedding import (
 )
 from serve.config.index import Buffer, Index
 from serve.config.jobs import Files, Jobs, Store
-from serve.config.processes import Actors, Ingress, Worker
+from serve.config.processes import Actors, Ingress, Logs, Worker
 from serve.config.search import Search
 from serve.section import Section
 
@@ -44,6 +44,7 @@ __all__ = [
     "Jobs",
     "Ledger",
     "Limits",
+    "Logs",
     "Model",
     "ModelKind",
     "Pool",
@@ -85,6 +86,7 @@ class Settings(Section):
     egress: Egress = Field(default=Egress(), description="Requests to URLs that tenants wrote.")
     webhooks: Webhooks = Field(default=Webhooks(), description="Who is told of the ends of jobs.")
     actors: Actors = Field(default=Actors(), description="The named actors.")
+    logs: Logs = Field(default=Logs(), description="Lines of the log.")
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:

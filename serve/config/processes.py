@@ -69,6 +69,18 @@ class Worker(Section):
     )
 
 
+class Logs(Section):
+    """What processes of ours write to stderr. Ray Serve's own lines: `logging_config` of the deploy file."""
+
+    encoding: Literal["text", "json"] = Field(
+        "text",
+        description="`json`: an object a line, with the ids of request and trace where there are some.",
+    )
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "WARNING", description="The least that is written, as JSON."
+    )
+
+
 class Actors(Section):
     """The named actors: Store owner, Upserter and Ledger."""
 

@@ -8,8 +8,9 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from deployments.tracing import trace
+from deployments.observed import observe
 from serve import tracing
+from serve.config import Logs
 from serve.errors import BadInput
 from tests.otlp import listening
 
@@ -151,7 +152,7 @@ def test_spans_reach_the_endpoint_that_the_environment_names(monkeypatch):
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.url)
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "gzip")
         monkeypatch.setenv("OTEL_SERVICE_NAME", "ours")
-        trace("ingress")
+        observe("ingress", Logs())
         with tracing.arrival(CLIENT.encode(), request="r"):
             pass
         with tracing.joint("headrace.batch", [CLIENT]):
@@ -170,7 +171,7 @@ def test_spans_reach_the_endpoint_that_the_environment_names(monkeypatch):
 def test_nothing_begins_where_nothing_is_said(monkeypatch, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    trace("ingress")
+    observe("ingress", Logs())
     assert tracing._Switch.tracer is None
 
 
@@ -178,6 +179,6 @@ def test_nothing_begins_where_nothing_is_said(monkeypatch, environment):
 def test_a_missing_exporter_is_said_and_nothing_breaks(monkeypatch, caplog):
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://127.0.0.1:9/v1/traces")
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
-    trace("ingress")
+    observe("ingress", Logs())
     assert tracing._Switch.tracer is None
     assert "headrace[otlp]" in caplog.text
