@@ -39,6 +39,7 @@ RAY_LABELS = {
     "JobId",
     "le",
     "ActorId",
+    *("otel_scope_name", "otel_scope_version", "otel_scope_schema_url"),
 }
 
 
