@@ -114,8 +114,10 @@ def _raise(
 def _lower(
     rule: Autoscaling, load: Load, memory: Memory, *, target: int, lower: int, now: float
 ) -> tuple[Step, Memory]:
+    if memory.peak >= target:  # it is of a time when more were wanted
+        memory = Memory()
     since = now if memory.under_since is None else memory.under_since
-    peak = min(max(memory.peak, lower), target)
+    peak = max(memory.peak, lower)
     wait_s = rule.idle_s if isinstance(rule, PoolScaling) and peak == 0 else rule.down_s
     left_s = since + wait_s - now
     if left_s <= 0:

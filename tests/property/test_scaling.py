@@ -98,6 +98,18 @@ def test_a_constant_load_never_turns_it_round(rule, load, seconds):
     assert path in (sorted(path), sorted(path, reverse=True))
 
 
+@given(needs=st.lists(st.integers(1, 8), min_size=1, max_size=20), more=st.integers(1, 5))
+def test_as_many_stay_as_were_needed_at_most(needs, more):
+    rule, target = PoolScaling(max=20, down_s=len(needs)), max(needs) + more
+    memory = Memory()
+    for now, need in enumerate([*needs, 1]):
+        load = Load(Standing(target, target), need * 10.0, 10.0, "", {})
+        assert target == max(needs) + more  # none has left before its time
+        step, memory = decide(rule, load, memory, float(now))
+        target = step.wanted
+    assert target == max(needs)
+
+
 @given(replicas=st.integers(2, 9), down_s=st.floats(1, 600), turns=st.integers(1, 20))
 def test_a_wave_that_is_shorter_than_the_pause_takes_none_away(replicas, down_s, turns):
     rule = PoolScaling(min=0, max=10, down_s=down_s, idle_s=down_s)
@@ -121,18 +133,31 @@ def test_one_that_sleeps_wakes_at_once_for_anything(rule, load, memory, work):
     assert decide(rule, asleep, memory, NOW)[0].wanted >= 1
 
 
-@given(rule=rules(), load=loads(), memory=MEMORIES)
-def test_none_leaves_while_those_that_stay_would_have_too_much_to_do(rule, load, memory):
+LONG_UNDER = Memory(under_since=-1e9)
+
+
+@given(rule=rules(), load=loads())
+def test_none_leaves_while_those_that_stay_would_have_too_much_to_do(rule, load):
     target = min(max(load.standing.target, rule.min), rule.max)
-    step, _ = decide(rule, load, memory, NOW)
-    if step.wanted < target and memory.peak == 0:
-        assert step.wanted >= min(target, load.busy / 0.8 - 1e-6)
+    step, _ = decide(rule, replace(load, work=0.0), LONG_UNDER, NOW)
+    assert step.wanted >= min(target, load.busy / 0.8)
+
+
+@given(rule=rules(), target=st.integers(0, 50))
+def test_idle_ones_leave_but_never_from_several_to_none(rule, target):
+    load = Load(Standing(target, target), work=0.0, capacity=10.0, said="", inputs={})
+    step, _ = decide(rule, load, LONG_UNDER, NOW)
+    several = min(target, rule.max) > 1
+    assert step.wanted == max(rule.min, 1 if several else 0)
 
 
 @given(rule=rules(), load=loads(ANY), memory=MEMORIES)
-def test_it_never_goes_from_several_to_none(rule, load, memory):
+def test_the_reason_says_what_is_done(rule, load, memory):
+    target = min(max(load.standing.target, rule.min), rule.max)
     step, _ = decide(rule, load, memory, NOW)
-    assert step.wanted > 0 or min(load.standing.target, rule.max) <= 1
+    word = step.reason.split()[0]
+    assert (word in {"Rises", "Wakes"}) == (step.wanted > target)
+    assert (word == "Falls") == (step.wanted < target)
 
 
 REPLICAS = st.lists(
