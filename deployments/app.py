@@ -11,6 +11,7 @@ from deployments.embedder import Embedder
 from deployments.ingress import Ingress
 from deployments.ledger import LedgerActor
 from deployments.places import DATA_DIR
+from deployments.scaling import replicas_of
 from deployments.store import StoreActor
 from deployments.stores import on_postgres
 from deployments.upserter import UpserterActor
@@ -43,7 +44,7 @@ def compose(args: Settings, embedders: Mapping[str, type]) -> Application:
     workers = [_worker(worker, settings, bound) for worker in settings.workers]
     ingress = deployment(
         name=INGRESS_DEPLOYMENT,
-        num_replicas=settings.ingress.replicas,
+        **replicas_of(settings.ingress, INGRESS_DEPLOYMENT, settings),
         max_ongoing_requests=settings.ingress.requests_max,
         ray_actor_options={"num_cpus": 0},
     )
@@ -53,9 +54,10 @@ def compose(args: Settings, embedders: Mapping[str, type]) -> Application:
 def _worker(
     worker: config.Worker, settings: Settings, embedders: Mapping[str, Application]
 ) -> Application:
+    name = f"worker-{worker.name}"
     deployed = deployment(
-        name=f"worker-{worker.name}",
-        num_replicas=worker.replicas,
+        name=name,
+        **replicas_of(worker, name, settings),
         health_check_period_s=2,
         health_check_timeout_s=30,
         # Twice: what is given back at the end has to reach the Store.
@@ -66,9 +68,10 @@ def _worker(
 
 
 def _embedder(embedder: type, pool: Pool, settings: Settings) -> Application:
+    name = f"embedder-{pool.name}"
     deployed = deployment(
-        name=f"embedder-{pool.name}",
-        num_replicas=pool.replicas,
+        name=name,
+        **replicas_of(pool, name, settings),
         max_ongoing_requests=pool.calls_max,
         health_check_period_s=2,
         health_check_timeout_s=30,

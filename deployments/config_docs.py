@@ -5,7 +5,8 @@ A unit test compares the committed page with `render(Settings)`, so it cannot go
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -78,14 +79,16 @@ def _nested(annotation: Any) -> tuple[type[BaseModel], str] | None:
         return annotation, ""
     for argument in get_args(annotation):
         if isinstance(argument, type) and issubclass(argument, BaseModel):
-            return argument, ".NAME" if _is_mapping(annotation) else "[]"
+            return argument, _suffix(annotation)
     return None
 
 
-def _is_mapping(annotation: Any) -> bool:
-    return isinstance(origin := getattr(annotation, "__origin__", None), type) and issubclass(
-        origin, Mapping
-    )
+def _suffix(annotation: Any) -> str:
+    """Of a mapping of sections, a list of them, or one that may be absent."""
+    origin = get_origin(annotation)
+    if origin is UnionType:
+        return ""
+    return ".NAME" if issubclass(origin, Mapping) else "[]"
 
 
 def _default_block(field: FieldInfo) -> str:

@@ -100,8 +100,14 @@ class Embedder:
         return waiting | counts | self._batcher.tally.counts()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """What autoscaling looks at: the cost that waits here."""
-        return {"queued_tokens": self._batcher.queued_tokens}
+        """What autoscaling looks at (`deployments.scaling`): what waits here, the pace, and how long each
+        slot has been busy since the replica started.
+        """
+        return {
+            "queued_tokens": self._batcher.queued_tokens,
+            "tokens_per_s": self._batcher.tokens_per_s,
+            "busy_s": self._batcher.tally.model_s / self._pool.slots,
+        }
 
     async def _report(self, pool: str, settings: config.Settings) -> None:
         """Tell the Ledger what waits here, for as long as something does and once when all is done.

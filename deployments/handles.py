@@ -34,9 +34,10 @@ from serve.errors import (
 )
 from serve.freshness import Lag
 from serve.grants import Draw, Grant, Return
-from serve.ports import Embedder, Ledger, Queues, Upserter
+from serve.ports import Decisions, Embedder, Ledger, Queues, Upserter
 from serve.pressure import Pressure, Sender
 from serve.records import CollectionSpec, EmbedCall, EmbedReply, Outcome, QueueReport, Write
+from serve.scaling import Decision
 
 
 ADDRESSES_S_MAX = 5.0
@@ -97,7 +98,7 @@ class UpserterPort(Upserter):
         return cast("Lag", await self._named.ask("lag", namespaces, timeout_s=LAG_S_MAX))
 
 
-class LedgerPort(Ledger, Queues):
+class LedgerPort(Ledger, Queues, Decisions):
     """The Ledger over its actor: quick to say that it is away, since its callers can go on."""
 
     def __init__(self, settings: Settings) -> None:
@@ -120,6 +121,10 @@ class LedgerPort(Ledger, Queues):
     async def queue_reports(self, tenant: str) -> Sequence[QueueReport]:
         """See Queues."""
         return cast("Sequence[QueueReport]", await self._ask("queue_reports", tenant))
+
+    async def decisions(self) -> Sequence[Decision]:
+        """See Decisions."""
+        return cast("Sequence[Decision]", await self._ask("decisions"))
 
 
 class EmbedderPort(Embedder):

@@ -43,6 +43,7 @@ from serve.flows.readings import of_answers, of_quotas, of_reuse
 from serve.flows.receipts import ReceiptFlow
 from serve.flows.rerank import RerankFlow
 from serve.flows.room import away_s
+from serve.flows.scalings import ScalingFlow
 from serve.flows.search import SearchFlow
 from serve.flows.streams import Streams
 from serve.flows.usage import UsageFlow
@@ -82,11 +83,12 @@ class Ingress:
         """
         observe("ingress", settings.logs)
         self._embedders = embedder_ports(embedders, settings)
+        self._awake = [pool.name for pool in settings.pools if not pool.sleeps]
         self._store = await asyncio.to_thread(open_store, settings)
         self._upserter = UpserterPort(settings)
         self._ready: tuple[float, dict[str, bool]] = (-READY_CACHE_S, {})
         replica = get_replica_context().replica_tag
-        self._quotas = open_quotas(settings, self._store, replica, settings.ingress.replicas)
+        self._quotas = open_quotas(settings, self._store, replica, settings.ingress.replicas_max)
         self._feed = Feed(self._store, time.monotonic)
         index = make_index(settings)
         self._probes = Probes(index, settings.index.probe_s)
@@ -156,6 +158,7 @@ class Ingress:
                 wait_s=settings.limits.deadline_s_max,
             ),
             UsageFlow(context, self._store, queues),
+            ScalingFlow(settings, queues),
             JobFlow(context, collections, self._store, self._store, queues=queues, files=files),
             self._feed,
             Streams(settings),
@@ -190,12 +193,13 @@ class Ingress:
         """Part by part; asked at most once a second, however often the probes come."""
         at, parts = self._ready
         if time.monotonic() - at >= (READY_CACHE_S if all(parts.values()) else READY_CACHE_S / 5):
-            names = ["store", "upserter", INDEX, *(f"embedder-{name}" for name in self._embedders)]
+            names = ["store", "upserter", INDEX, *(f"embedder-{name}" for name in self._awake)]
             answers = await asyncio.gather(
                 _usable(self._store.ready(READY_TIMEOUT_S)),
                 _usable(self._upserter.ready(READY_TIMEOUT_S)),
                 _has_room(self._upserter),
-                *(_usable(embedder.ready()) for embedder in self._embedders.values()),
+                # One that may sleep is not asked: that would wake it.
+                *(_usable(self._embedders[name].ready()) for name in self._awake),
             )
             parts = dict(zip(names, answers, strict=True))
             self._ready = (time.monotonic(), parts)

@@ -17,6 +17,7 @@ from serve.admission.bank import BankLedger
 from serve.config import Settings
 from serve.grants import Draw, Grant, Return
 from serve.records import QueuePlace, QueueReport
+from serve.scaling import Decision
 
 
 LIMITS_PER_TENANT = 9
@@ -29,6 +30,10 @@ LAPSE_REPORTS = 6
 
 REPORTS_MAX = 1024
 """Reports held, each of up to `ledger.queue_places_max` places of some 200 bytes."""
+
+
+DECISIONS_MAX = 64
+"""Last decisions held, one a deployment: 16 pools, 16 workers and the door at most."""
 
 
 class Reports:
@@ -79,6 +84,7 @@ class LedgerActor:
             clock=time.monotonic,
             wall=time.time,
         )
+        self._decisions: OrderedDict[str, Decision] = OrderedDict()
         self._reports = Reports(LAPSE_REPORTS * settings.ledger.queue_report_s, time.monotonic)
         self._watch = asyncio.create_task(
             watch(self._state, self.retire, grace_s=settings.actors.orphan_grace_s)
@@ -104,6 +110,17 @@ class LedgerActor:
     async def queue_reports(self, tenant: str) -> Sequence[QueueReport]:
         """See `serve.ports.Queues`."""
         return self._reports.of(tenant)
+
+    async def report_decision(self, decision: Decision) -> None:
+        """Take an autoscaling policy's last decision."""
+        self._decisions[decision.deployment] = decision
+        self._decisions.move_to_end(decision.deployment)
+        if len(self._decisions) > DECISIONS_MAX:
+            self._decisions.popitem(last=False)
+
+    async def decisions(self) -> Sequence[Decision]:
+        """See `serve.ports.Decisions`."""
+        return tuple(self._decisions.values())
 
     async def retire(self) -> None:
         """End for good: there is nothing to be saved."""

@@ -122,7 +122,7 @@ def operators(settings: Settings) -> OperatorFlow:
 
 def _start(file: DeployFile, options: RayOptions) -> str:
     """Logical CPUs are book-keeping: twice the need, so that a redeploy finds room."""
-    need = sum(pool.replicas * pool.cpus for pool in file.settings.pools)
+    need = sum(pool.replicas_max * pool.cpus for pool in file.settings.pools)
     try:
         context = ray.init(
             address="local",

@@ -31,11 +31,15 @@ from serve.index.writer import Writer
 from serve.ports import Index
 from serve.pressure import Pressure, Sender
 from serve.records import CollectionSpec, Outcome, Write
+from serve.scaling import Backlog
 from serve.telemetry import Census
 
 
 CENSUS_EVERY_S = 10.0
 """Between two looks into the Store for figures, each some ms of it."""
+
+SCALED_EVERY_S = 2.0
+"""The same where something is scaled by them."""
 
 AWAY_S = 0.5
 """Between two tries while the Store is away."""
@@ -71,6 +75,7 @@ class UpserterActor:
         self._timed = TimedWriter(self._writer, lags)
         self._running = asyncio.create_task(self._writer.run())
         self._census: Census | None = None
+        self._counted: tuple[float, Census] | None = None
         self._beside = [
             asyncio.create_task(probes.run()),
             asyncio.create_task(self._count(store)),
@@ -120,18 +125,30 @@ class UpserterActor:
         """See `serve.ports.Upserter`."""
         return await self._timed.lag(namespaces)
 
+    async def backlog(self) -> Backlog | None:
+        """What waits in the Store, as it was counted last; None: it has not answered yet."""
+        if self._counted is None:
+            return None
+        at, census = self._counted
+        full = (await self._timed.pressure()).wait_s > 0
+        return Backlog(census.tokens, census.stages, full, time.monotonic() - at)
+
     async def stats(self) -> dict[str, float]:
         """Depth, age and counts of the buffer."""
         return dict(self._writer.stats())
 
     async def _count(self, store: Store) -> None:
         """Ask the Store what it holds: here, since there is one Upserter whatever the Store is."""
+        every_s = SCALED_EVERY_S if self._settings.scales else CENSUS_EVERY_S
         while True:
+            at = time.monotonic()
             try:
                 self._census = await store.census()
             except ServiceError:
                 self._census = None
-            await asyncio.sleep(CENSUS_EVERY_S)
+            else:
+                self._counted = at, self._census
+            await asyncio.sleep(every_s)
 
     async def retire(self) -> None:
         """Flush, release the rest and end for good."""

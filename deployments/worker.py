@@ -56,7 +56,7 @@ class Worker:
         ports = embedder_ports(embedders, settings)
         store = self._store = await asyncio.to_thread(open_store, settings)
         replica = get_replica_context().replica_tag
-        self._quotas = open_quotas(settings, store, replica, worker.replicas)
+        self._quotas = open_quotas(settings, store, replica, worker.replicas_max)
         threads = ThreadPoolExecutor(settings.ingress.tokenizer_threads, "tokenizer")
         context = Context(
             settings, Models.open(settings, ports), self._quotas, threads, time.monotonic, time.time

@@ -30,6 +30,7 @@ from serve.records import (
     Vector,
     Write,
 )
+from serve.scaling import Decision
 
 
 class Engine(Protocol):
@@ -313,6 +314,14 @@ class Queues(Protocol):
 
         Raises LedgerUnavailable.
         """
+        ...
+
+
+class Decisions(Protocol):
+    """What was decided last for each deployment that is scaled."""
+
+    async def decisions(self) -> Sequence[Decision]:
+        """Those since the Ledger started. Raises LedgerUnavailable."""
         ...
 
 

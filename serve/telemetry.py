@@ -197,11 +197,15 @@ class Census:
         jobs: open ones, by state.
         oldest_s: age of the oldest open job that is not paused, by class.
         items: by state; `waiting` are those that are ready or paused.
+        tokens: estimated tokens left of open jobs that are not paused, by model; "": of jobs that name none.
+        stages: items that are ready, some thousands at most, or leased, by stage.
     """
 
     jobs: Mapping[str, int] = field(default_factory=dict)
     oldest_s: Mapping[str, float] = field(default_factory=dict)
     items: Mapping[str, int] = field(default_factory=dict)
+    tokens: Mapping[str, float] = field(default_factory=dict)
+    stages: Mapping[str, int] = field(default_factory=dict)
 
 
 SAMPLES_MAX = 10_000

@@ -47,6 +47,7 @@ from serve.flows.queues import QueueFlow
 from serve.flows.receipts import ReceiptFlow
 from serve.flows.rerank import RerankFlow
 from serve.flows.room import LANDING, away_s
+from serve.flows.scalings import ScalingFlow
 from serve.flows.search import SearchFlow
 from serve.flows.streams import Streams
 from serve.flows.usage import UsageFlow
@@ -61,6 +62,7 @@ from serve.jobs.owner import StoreOwner
 from serve.jobs.runner import Runner
 from serve.jobs.vault import Vault
 from serve.records import EmbedCall, EmbedReply, QueueReport
+from serve.scaling import Decision
 
 
 UPSERTER = "upserter"
@@ -99,10 +101,14 @@ class InProcess:
 
 
 class Unreported:
-    """`ports.Queues` without a report."""
+    """`ports.Queues` and `ports.Decisions` without a report."""
 
     async def queue_reports(self, _tenant: str) -> tuple[QueueReport, ...]:
         """See `serve.ports.Queues`."""
+        return ()
+
+    async def decisions(self) -> tuple[Decision, ...]:
+        """See `serve.ports.Decisions`."""
         return ()
 
 
@@ -189,6 +195,7 @@ class Ceiling:
                 wait_s=settings.limits.deadline_s_max,
             ),
             UsageFlow(context, store, Unreported()),
+            ScalingFlow(settings, Unreported()),
             JobFlow(context, collections, store, store, queues=Unreported(), files=files),
             self._feed,
             Streams(settings),

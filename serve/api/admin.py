@@ -1,4 +1,4 @@
-"""`/v1/admin/…`: keys, tenants and the audit log, for callers whose key has the role `admin`.
+"""`/v1/admin/…`: keys, tenants, the audit log and autoscaling, for callers whose key has the role `admin`.
 
 A secret is in the reply that makes it and nowhere else, hence no `Idempotency-Key` here: a repeat
 could not show it again.
@@ -17,12 +17,14 @@ from serve.api.shapes import (
     KeyMade,
     KeyRevoked,
     KeyShown,
+    ScalingList,
     TenantErased,
     TenantList,
     TenantShown,
 )
 from serve.api.wire import REF, Body, choice, documented, number, page_size, query, read, reply
 from serve.flows.operators import PAGE_MAX, MadeKey
+from serve.flows.scalings import Scaled
 from serve.records import AuditEntry, Key, Tenant
 
 
@@ -206,6 +208,30 @@ async def audit(order: Ordered) -> Response:
         page_size(order.request, PAGE, PAGE_MAX),
     )
     return reply({"object": "list", "data": [_entry(entry) for entry in entries]})
+
+
+@router.get("/v1/admin/autoscaling", responses={200: {"model": ScalingList}})
+async def autoscaling(order: Ordered) -> Response:
+    """How many replicas each deployment should have, from what that was decided, and why."""
+    scaled = await order.scalings.list()
+    return reply({"object": "list", "data": [_scaled(one) for one in scaled]})
+
+
+def _scaled(one: Scaled) -> dict[str, Any]:
+    made = one.decision
+    return {
+        "object": "autoscaling",
+        "deployment": one.deployment,
+        "fixed": one.fixed,
+        "min": one.least,
+        "max": one.most,
+        "wanted": None if made is None else made.wanted,
+        "target": None if made is None else made.target,
+        "running": None if made is None else made.running,
+        "inputs": {} if made is None else dict(made.inputs),
+        "reason": one.reason,
+        "at": None if made is None else made.at,
+    }
 
 
 def _key(key: Key) -> dict[str, Any]:

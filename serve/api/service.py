@@ -28,6 +28,7 @@ from serve.flows.operators import OperatorFlow
 from serve.flows.queues import QueueFlow
 from serve.flows.receipts import ReceiptFlow
 from serve.flows.rerank import RerankFlow
+from serve.flows.scalings import ScalingFlow
 from serve.flows.search import SearchFlow
 from serve.flows.streams import Streams
 from serve.flows.usage import UsageFlow
@@ -54,6 +55,7 @@ class Service:
     operators: OperatorFlow
     erasure: EraseFlow
     usage: UsageFlow
+    scalings: ScalingFlow
     jobs: JobFlow
     feed: Feed
     streams: Streams
@@ -112,6 +114,7 @@ class Order:
     request: Request
     operators: OperatorFlow
     erasure: EraseFlow
+    scalings: ScalingFlow
     by: str
 
 
@@ -133,7 +136,8 @@ async def order(ask: Annotated[Ask, Depends(ask)]) -> Order:
     """What an operator asks. Raises Unauthorized, Forbidden."""
     require_admin(ask.who)
     key_id, _ = parse(ask.request.headers.get("authorization"))
-    return Order(ask.request, ask.service.operators, ask.service.erasure, f"key:{key_id}")
+    found = ask.service
+    return Order(ask.request, found.operators, found.erasure, found.scalings, f"key:{key_id}")
 
 
 Served = Annotated[Service, Depends(service)]

@@ -355,6 +355,29 @@ class AuditList(Shape):
     data: list[AuditShown]
 
 
+class ScalingShown(Shape):
+    """A deployment: `wanted` replicas, `target` before that, `running`; nulls: nothing was decided."""
+
+    object: Literal["autoscaling"]
+    deployment: str
+    fixed: bool
+    min: int
+    max: int
+    wanted: int | None
+    target: int | None
+    running: int | None
+    inputs: dict[str, float | None]
+    reason: str
+    at: float | None
+
+
+class ScalingList(Shape):
+    """Every deployment."""
+
+    object: Literal["list"]
+    data: list[ScalingShown]
+
+
 class Health(Shape):
     """`parts` is there for readiness: name -> usable."""
 

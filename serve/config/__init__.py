@@ -26,6 +26,7 @@ from serve.config.embedding import (
 from serve.config.index import Buffer, Index
 from serve.config.jobs import Files, Jobs, Store
 from serve.config.processes import Actors, Ingress, Logs, Worker
+from serve.config.scaling import Autoscaling, IngressScaling, PoolScaling, WorkerScaling
 from serve.config.search import Search
 from serve.section import Section
 
@@ -33,6 +34,7 @@ from serve.section import Section
 __all__ = [
     "Actors",
     "Admission",
+    "Autoscaling",
     "Batch",
     "Buffer",
     "Cache",
@@ -41,6 +43,7 @@ __all__ = [
     "Files",
     "Index",
     "Ingress",
+    "IngressScaling",
     "Jobs",
     "Ledger",
     "Limits",
@@ -48,12 +51,14 @@ __all__ = [
     "Model",
     "ModelKind",
     "Pool",
+    "PoolScaling",
     "Precision",
     "Search",
     "Settings",
     "Store",
     "Webhooks",
     "Worker",
+    "WorkerScaling",
 ]
 
 
@@ -134,6 +139,20 @@ class Settings(Section):
             for pool in self.pools
         )
         return self.model_copy(update={"data_dir": str(folder), "pools": tuple(pools)})
+
+    @property
+    def scales(self) -> bool:
+        """Whether anything grows and shrinks by itself."""
+        return any(one.autoscaling is not None for one in self.deployments.values())
+
+    @property
+    def deployments(self) -> dict[str, Ingress | Pool | Worker]:
+        """Whatever has replicas, by the name that Ray Serve knows it by."""
+        return {
+            "ingress": self.ingress,
+            **{f"worker-{worker.name}": worker for worker in self.workers},
+            **{f"embedder-{pool.name}": pool for pool in self.pools},
+        }
 
     @property
     def models(self) -> dict[str, Model]:

@@ -5,6 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from serve.config.scaling import PoolScaling
 from serve.section import Name, Section
 
 
@@ -195,7 +196,12 @@ class Pool(Section):
         max_length=16,
         description="Models that every replica holds, or loads when they are asked for.",
     )
-    replicas: int = Field(1, ge=1, le=1000, description="Embedder replicas.")
+    replicas: int = Field(
+        1, ge=1, le=1000, description="Embedder replicas, unless `autoscaling` is given."
+    )
+    autoscaling: PoolScaling | None = Field(
+        None, description="By what waits for the pool, in tokens; absent: `replicas`."
+    )
     cpus: float = Field(
         1, gt=0, le=256, description="CPU cores of a replica; also its number of model threads."
     )
@@ -254,6 +260,16 @@ class Pool(Section):
         "replaced, unless another model works.",
     )
     batch: Batch = Field(default=Batch(), description="How waiting work becomes batches.")
+
+    @property
+    def replicas_max(self) -> int:
+        """Most replicas that there may be."""
+        return self.replicas if self.autoscaling is None else self.autoscaling.max
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether there may be no replica."""
+        return self.autoscaling is not None and self.autoscaling.min == 0
 
     @model_validator(mode="after")
     def _pinned_stay(self) -> Self:

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from serve.config.scaling import IngressScaling, WorkerScaling
 from serve.section import Name, Section
 
 
@@ -14,7 +15,11 @@ class Ingress(Section):
         1,
         ge=1,
         le=1000,
-        description="Ingress replicas; while the Ledger is away each enforces 1/replicas of a limit.",
+        description="Ingress replicas, unless `autoscaling` is given; while the Ledger is away each enforces "
+        "1/replicas of a limit.",
+    )
+    autoscaling: IngressScaling | None = Field(
+        None, description="By open requests; absent: `replicas`."
     )
     requests_max: int = Field(
         512, ge=8, le=100_000, description="Requests a replica works on at once."
@@ -45,6 +50,11 @@ class Ingress(Section):
     )
     tokenizer_threads: int = Field(2, ge=1, le=64, description="Threads that tokenise.")
 
+    @property
+    def replicas_max(self) -> int:
+        """Most replicas that there may be."""
+        return self.replicas if self.autoscaling is None else self.autoscaling.max
+
 
 class Worker(Section):
     """One deployment that works on items of some stages."""
@@ -53,7 +63,12 @@ class Worker(Section):
     stages: tuple[Literal["prepare", "predict", "embed"], ...] = Field(
         ("prepare", "embed"), min_length=1, max_length=3, description="Stages it claims from."
     )
-    replicas: int = Field(1, ge=1, le=1000, description="Worker replicas.")
+    replicas: int = Field(
+        1, ge=1, le=1000, description="Worker replicas, unless `autoscaling` is given."
+    )
+    autoscaling: WorkerScaling | None = Field(
+        None, description="By items of its stages; absent: `replicas`."
+    )
     items_max: int = Field(64, ge=1, le=500, description="Items of one claim.")
     cost_max: float = Field(
         16_384,
@@ -67,6 +82,11 @@ class Worker(Section):
     drain_s: float = Field(
         30, gt=0, le=600, description="How long a replica that leaves may finish what it has."
     )
+
+    @property
+    def replicas_max(self) -> int:
+        """Most replicas that there may be."""
+        return self.replicas if self.autoscaling is None else self.autoscaling.max
 
 
 class Logs(Section):

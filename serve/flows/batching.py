@@ -374,6 +374,11 @@ class Batcher:
         """Inputs that wait."""
         return self._queue.items + self._parked.items
 
+    @property
+    def tokens_per_s(self) -> float:
+        """Cost that all slots together take, as measured: for autoscaling."""
+        return 1 / self._costs.rate.seconds(1)
+
     def report(self, pool: str, replica: str, places_max: int) -> QueueReport:
         """What waits: in all, and of the tenants that have most waiting in the queue itself."""
         pace_s, busy_s, now = self._costs.rate.seconds(1), self._busy_s(), self._clock()

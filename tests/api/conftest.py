@@ -58,6 +58,7 @@ from serve.flows.queues import QueueFlow
 from serve.flows.receipts import ReceiptFlow
 from serve.flows.rerank import RerankFlow
 from serve.flows.room import LANDING, away_s
+from serve.flows.scalings import ScalingFlow
 from serve.flows.search import SearchFlow
 from serve.flows.streams import Streams
 from serve.flows.usage import UsageFlow
@@ -73,6 +74,7 @@ from serve.jobs.runner import Runner
 from serve.jobs.vault import Vault
 from serve.ports import Keys
 from serve.records import EmbedCall, EmbedReply, Key, QueueReport, Role
+from serve.scaling import Decision
 from tests.api.lagging import LaggingIndex
 
 
@@ -154,12 +156,16 @@ class LocalEmbedder:
 
 @dataclass
 class FakeQueues:
-    """Implements `ports.Queues`: what a test says that the embedders reported."""
+    """Implements `ports.Queues` and `ports.Decisions`: what a test says that was told."""
 
     reports: Mapping[str, tuple[QueueReport, ...]] = field(default_factory=dict)
+    decided: tuple[Decision, ...] = ()
 
     async def queue_reports(self, tenant: str) -> tuple[QueueReport, ...]:
         return self.reports.get(tenant, ())
+
+    async def decisions(self) -> tuple[Decision, ...]:
+        return self.decided
 
 
 class Sabotage:
@@ -473,6 +479,7 @@ class Builder:
                 wait_s=settings.limits.deadline_s_max,
             ),
             UsageFlow(context, ports.store, ports.queues),
+            ScalingFlow(settings, ports.queues),
             JobFlow(
                 context, collections, ports.store, ports.store, queues=ports.queues, files=files
             ),

@@ -5,10 +5,13 @@ import json
 
 import pytest
 
-from serve.config import Store
+from serve.config import Ingress, Store, Worker, WorkerScaling
+from serve.errors import LedgerUnavailable
+from serve.scaling import Decision
 
 
 KEYS, TENANTS, AUDIT = "/v1/admin/keys", "/v1/admin/tenants", "/v1/admin/audit"
+SCALING = "/v1/admin/autoscaling"
 
 
 @pytest.fixture
@@ -241,7 +244,7 @@ def operations(openapi):
 async def test_users_are_refused_before_anything_is_read(whole, admin, subtests):
     user, stranger = await whole.client("enterprise"), await whole.client(None)
     found = list(operations(whole.app.openapi()))
-    assert len(found) == 10
+    assert len(found) == 11
     for method, url in found:
         with subtests.test(method=method, url=url):
             answer = await user.request(method, url, content=b"no json")
@@ -305,3 +308,39 @@ async def test_no_other_tenants_key_shows_on_any_other_route(admin, whole):
         assert "stranger" not in shown
     own = await mine.get("/v1/usage")
     assert {row["key"] for row in own.json()["data"]} == {whole.keys["premium"].split("_")[1]}
+
+
+# --- autoscaling -----------------------------------------------------------------------------
+
+
+async def test_every_deployment_says_how_many_replicas_it_should_have_and_why(start):
+    worker = Worker(autoscaling=WorkerScaling(min=2, max=9))
+    whole = await start(ingress=Ingress(replicas=3), workers=(worker,))
+    admin = await whole.client("admin")
+    shown = {one["deployment"]: one for one in (await ok(admin.get(SCALING)))["data"]}
+    assert set(shown) == {"ingress", "worker-items", "embedder-default"}
+    door, undecided = shown["ingress"], shown["worker-items"]
+    assert (door["fixed"], door["min"], door["max"], door["wanted"]) == (True, 3, 3, None)
+    assert "`replicas`" in door["reason"]
+    assert (undecided["fixed"], undecided["min"], undecided["max"]) == (False, 2, 9)
+    assert (undecided["wanted"], undecided["at"], undecided["inputs"]) == (None, None, {})
+    inputs = {"items": 1500.0, "backlog_age_s": None}
+    whole.queues._port.decided = (
+        Decision("worker-items", 4, 3, 2, "Rises from 3 to 4.", inputs, 5.0),
+        Decision("worker-of-old", 1, 1, 1, "Stays.", {}, 5.0),
+    )
+    shown = {one["deployment"]: one for one in (await ok(admin.get(SCALING)))["data"]}
+    assert len(shown) == 3
+    assert shown["worker-items"] == undecided | {
+        "wanted": 4,
+        "target": 3,
+        "running": 2,
+        "at": 5.0,
+        "inputs": inputs,
+        "reason": "Rises from 3 to 4.",
+    }
+
+
+async def test_nobody_can_say_while_the_ledger_is_away(admin, whole):
+    whole.queues.faults = {"decisions": LedgerUnavailable("Away.", retry_after_s=1)}
+    assert problem(await admin.get(SCALING), 503)["code"] == "ledger_unavailable"

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pytest
+
 from serve.telemetry import Census
 from tests.contract.work import (
     BAD,
@@ -21,7 +23,8 @@ NOTHING = dict.fromkeys(("waiting", "delayed", "leased", "done", "skipped", "dea
 
 
 async def test_an_empty_store_holds_nothing(store: Store):
-    assert await store.census() == Census({}, {}, NOTHING)
+    nothing = {"prepare": 0, "predict": 0, "embed": 0}
+    assert await store.census() == Census({}, {}, NOTHING, {}, nothing)
 
 
 async def test_items_are_counted_by_state_over_all_tenants(store: Store):
@@ -72,3 +75,27 @@ async def test_open_jobs_are_counted_by_state_and_the_oldest_has_its_age(store: 
     await store.change_job(op(), "acme", second, "cancel")
     assert "bulk" not in (await store.census()).oldest_s
     assert (await store.census()).items["cancelled"] == 1
+
+
+async def test_tokens_that_are_left_are_summed_by_model_without_what_is_paused(store: Store):
+    await tenant(store)
+    await tenant(store, "other")
+    first = await submitted(store, documents("ab"), spec={"model": "small"})
+    await submitted(store, documents("cde"), "other", spec={"model": "small"})
+    await submitted(store, documents("f"), spec={"model": "large"})
+    await submitted(store, documents("g"))
+    census = await store.census()
+    one = census.tokens["large"]
+    assert one > 0
+    assert census.tokens == pytest.approx({"small": 5 * one, "large": one, "": one})
+    await store.change_job(op(), "acme", first, "pause")
+    assert (await store.census()).tokens["small"] == pytest.approx(3 * one)
+
+
+async def test_items_are_counted_by_stage_while_they_are_ready_or_in_work(store: Store):
+    await tenant(store)
+    await submitted(store, documents("abcdef"))
+    items = list((await claimed(store, "prepare", 4)).items)
+    await settle(store, items[:1], "done")
+    await settle(store, items[1:2], "retry", fault=BUSY, delay_s=60.0)
+    assert (await store.census()).stages == {"prepare": 4, "predict": 0, "embed": 0}
