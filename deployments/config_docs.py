@@ -136,7 +136,7 @@ def _default(field: FieldInfo) -> str:
         return "none"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | dict):
         return ", ".join(map(str, value)) or "empty"
     return f"{value:,}".replace(",", "_") if isinstance(value, int) else str(value)
 

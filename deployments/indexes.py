@@ -4,6 +4,7 @@ import os
 import time
 from pathlib import Path
 
+from serve.config import Index as IndexSettings
 from serve.config import Settings
 from serve.ports import Index
 
@@ -19,7 +20,8 @@ def make_index(settings: Settings) -> Index:
         case "lancedb":
             from serve.index.lancedb import LanceIndex  # noqa: PLC0415
 
-            return LanceIndex(str(Path(settings.data_dir) / index.uri), index)
+            uri = index.uri if index.remote else str(Path(settings.data_dir) / index.uri)
+            return LanceIndex(uri, index, storage=_storage(index))
         case "pgvector":
             from serve.index.pgvector import PgIndex  # noqa: PLC0415
 
@@ -38,6 +40,14 @@ def make_index(settings: Settings) -> Index:
 
             key = _secret("index.pinecone.api_key_env", index.pinecone.api_key_env)
             return PineconeIndex(index.pinecone, key, time.monotonic)
+
+
+def _storage(index: IndexSettings) -> dict[str, str]:
+    named = index.lancedb.storage_env
+    return {
+        option: _secret(f"index.lancedb.storage_env.{option}", name)
+        for option, name in named.items()
+    }
 
 
 def _secret(setting: str, name: str) -> str:

@@ -1,10 +1,61 @@
 """Settings of landing: the index, and the buffer in front of it."""
 
-from typing import Literal, Self
+import re
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from serve.section import EnvName, Section
+
+
+BUCKET_URI = re.compile(r"(s3|gs|az)://[A-Za-z0-9][A-Za-z0-9._-]*(/[^?#]*)?")
+OptionName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+
+
+class Lance(Section):
+    """LanceDB, in a folder or an object store."""
+
+    exact: bool = Field(
+        default=False, description="Compare all vectors in each search; no ANN index is built."
+    )
+    ann_rows_min: int = Field(
+        20_000,
+        ge=2,
+        le=10**9,
+        description="From so many records a collection gets an ANN index (IVF_SQ); with fewer, "
+        "searches are exact.",
+    )
+    partition_rows: int = Field(
+        8192, ge=2, le=10**6, description="Records of a partition of the ANN index, about."
+    )
+    probes: int = Field(
+        20,
+        ge=1,
+        le=10_000,
+        description="Partitions that a search reads: recall for time. Under a filter it reads all.",
+    )
+    refine: int = Field(
+        4,
+        ge=1,
+        le=100,
+        description="Candidates of a search, in `top_k`s, whose whole vectors are compared in the end.",
+    )
+    build_s_max: float = Field(
+        3600, ge=1, le=7 * 86_400, description="Longest build of one index, beside everything else."
+    )
+    read_s: float = Field(
+        2,
+        ge=0,
+        le=60,
+        description="In an object store: how often a reader looks for new versions of a table; 0: at "
+        "each read, which costs a request.",
+    )
+    storage_env: dict[OptionName, Annotated[EnvName, Field(min_length=1)]] = Field(
+        default={},
+        max_length=32,
+        description="Options of the object store, each with the name of the environment variable that "
+        "holds its value.",
+    )
 
 
 class Pgvector(Section):
@@ -170,7 +221,13 @@ class Index(Section):
     backend: Literal["lancedb", "pgvector", "qdrant", "pinecone"] = Field(
         "lancedb", description="What keeps the vectors."
     )
-    uri: str = Field("index", min_length=1, description="Folder of the index, under `data_dir`.")
+    uri: str = Field(
+        "index",
+        min_length=1,
+        max_length=1024,
+        description="Where LanceDB keeps tables: a folder under `data_dir`, or `s3://BUCKET/PREFIX`, "
+        "`gs://…`, `az://…`.",
+    )
     compact_commits: int = Field(
         64, ge=2, le=10_000, description="Compact a table after this many commits."
     )
@@ -192,6 +249,9 @@ class Index(Section):
         description="How often an index whose searches lag behind its writes is asked how far they see, "
         "per collection that somebody waits for, and process.",
     )
+    lancedb: Lance = Field(
+        default=Lance(), description="With `backend: lancedb`: searches, and the object store."
+    )
     pgvector: Pgvector = Field(
         default=Pgvector(), description="With `backend: pgvector`: Postgres as the index."
     )
@@ -201,6 +261,24 @@ class Index(Section):
     pinecone: Pinecone = Field(
         default=Pinecone(), description="With `backend: pinecone`: an index of Pinecone."
     )
+
+    @property
+    def remote(self) -> bool:
+        """Whether `uri` is an object store's."""
+        return "://" in self.uri
+
+    @model_validator(mode="after")
+    def _an_object_store_is_whole(self) -> Self:
+        if self.remote and not BUCKET_URI.fullmatch(self.uri):
+            message = "index.uri must be a folder, or s3://, gs:// or az:// and BUCKET/PREFIX"
+            raise ValueError(message)
+        if self.lancedb.storage_env and not self.remote:
+            message = "index.lancedb.storage_env is for an object store: index.uri is a folder"
+            raise ValueError(message)
+        if self.remote and self.keep_versions_s < 10 * self.lancedb.read_s:
+            message = "index.keep_versions_s must be at least ten times index.lancedb.read_s"
+            raise ValueError(message)
+        return self
 
     @model_validator(mode="after")
     def _a_server_has_an_address(self) -> Self:

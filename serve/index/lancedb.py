@@ -1,23 +1,24 @@
 """The default backend: one LanceDB table per namespace, in a folder or an object store.
 
-One process writes; any number read, and see a write as soon as it returned
-(`read_consistency_interval=0`). Traps this file steps around:
+One process writes; any number read. In a folder they see a write as soon as it returned, in an
+object store within `lancedb.read_s`. Traps this file steps around:
 
-- `use_index(False)`: with a scalar index two writers make silent duplicates (lancedb#3377).
+- Two writers that insert the same new id make silent duplicates: with a scalar index (lancedb#3377),
+  hence `use_index(False)`, and without the table's key (`serve.index.rows.KEY`), which old tables lack.
 - Small commits rot a table: 300 single upserts made an upsert 4 times and a query 7 times slower.
   `maintain` compacts by the number of commits.
 - Compaction removes old versions, so a reader may meet "Not found": it opens the table afresh,
   once.
 - Writes and compaction of one table exclude each other here: a commit conflict would starve one.
+  So do compaction and the build of its ANN index (`serve.index.lance_ann`), which takes long.
 
 A missing table reads as empty (the Store knows whether a collection exists), deletes nothing, and
 makes an upsert retryable: by the next flush the table is there, or the Store says `superseded`.
 """
 
 import asyncio
-import importlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,13 +26,20 @@ from logging import getLogger
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
-import numpy as np
-
 from serve.capabilities import Capabilities
 from serve.config import Index as IndexSettings
-from serve.errors import BadInput, IndexUnavailable
+from serve.errors import BadInput
 from serve.index.checks import RECORD_ID, check_namespace, check_query, newest, refuse
-from serve.index.errors import IndexOffline, IndexRetryable, RecordsRejected
+from serve.index.errors import IndexRetryable
+from serve.index.lance_ann import Builds, nearest
+from serve.index.lance_place import (
+    RETRY_AFTER_S,
+    Place,
+    not_of_records,
+    reading,
+    says_missing,
+    write_fault,
+)
 from serve.index.lance_text import index_text, match_text
 from serve.index.rows import COLUMNS, from_arrow, from_batch, schema_of, to_arrow
 from serve.index.terms import to_sql
@@ -53,10 +61,7 @@ TOP_K_MAX = 10_000
 SCAN_ROWS = 500
 """Records of one part of a scan: 1.5 MB of vectors of 768."""
 
-RETRY_AFTER_S = 1.0
 NEWER = "target.generation <= source.generation"
-MISSING = ("Not found", "was not found")
-OFFLINE = ("Unable to create", "No space left", "Permission denied", "Read-only file system")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,39 +71,42 @@ class _Open:
 
 
 class LanceIndex:
-    """Implements `serve.ports.Index`. Connects on first use; `uri` is a folder or a bucket's URI.
+    """Implements `serve.ports.Index`. Connects on first use; `uri` is a folder or a bucket's URI, and
+    `storage` the object store's options.
 
     LanceDB is imported then, too: 1.5 s of a core and 80 MB, which must not delay what starts beside it.
 
     Write calls raise the errors of `serve.index.errors`, read calls `IndexUnavailable`.
     """
 
-    def __init__(self, uri: str, settings: IndexSettings) -> None:
+    def __init__(
+        self, uri: str, settings: IndexSettings, storage: Mapping[str, str] | None = None
+    ) -> None:
+        self._place = Place(uri, storage or {}, settings.lancedb.read_s)
         self.caps = Capabilities(
             max_items=settings.max_items,
             max_bytes=settings.max_bytes,
             max_dim=settings.max_dim,
             max_top_k=TOP_K_MAX,
-            consistency="strong",
+            consistency="token" if self._place.lag_s else "strong",
             single_writer=True,
             full_text=True,
         )
-        self._uri = uri
         self._settings = settings
-        self._connection: lancedb.AsyncConnection | None = None
-        self._connecting = asyncio.Lock()
+        self._builds = Builds(settings.lancedb)
         self._tables: OrderedDict[str, _Open] = OrderedDict()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._commits: dict[str, int] = {}
 
     async def open(self) -> None:
         """Import and connect now instead of on first use. Raises IndexUnavailable, ImportError."""
-        async with _reading():
-            await self._database()
+        async with reading():
+            await self._place.database()
 
     async def upsert(self, ns: str, records: Sequence[Record]) -> Landed:
         """One commit. A record of lower generation than the one held is skipped."""
         check_namespace(ns)
+        version = None
         async with self._lock(ns), self._writing(ns):
             opened = await self._open(ns)
             if opened is None:
@@ -109,40 +117,41 @@ class LanceIndex:
             if rows:
                 merge = opened.table.merge_insert("id").use_index(use_index=False)
                 merge = merge.when_matched_update_all(where=NEWER).when_not_matched_insert_all()
-                await merge.execute(to_arrow(rows, opened.dimensions))
+                version = (await merge.execute(to_arrow(rows, opened.dimensions))).version
                 await self._committed(ns, opened)
-        return Landed(rejected=rejected)
+                self._builds.grew(ns, len(rows))
+        return Landed(rejected=rejected, token=self._token(version))
 
     async def delete(self, ns: str, tombstones: Sequence[Tombstone]) -> Landed:
         """One commit per 1,000 tombstones."""
         check_namespace(ns)
         rows = newest([row for row in tombstones if RECORD_ID.fullmatch(row.id)])
+        version = None
         async with self._lock(ns), self._writing(ns):
             opened = await self._open(ns)
             if opened is None:
                 return Landed()
             for start in range(0, len(rows), IDS_PER_STATEMENT):
-                await opened.table.delete(_guarded(rows[start : start + IDS_PER_STATEMENT]))
+                some = _guarded(rows[start : start + IDS_PER_STATEMENT])
+                version = (await opened.table.delete(some)).version
                 await self._committed(ns, opened)
-        return Landed()
+        return Landed(token=self._token(version))
 
     async def query(
         self, ns: str, vector: Vector, top_k: int, where: Filter | None = None
     ) -> Sequence[Hit]:
-        """Exact: a filter is applied before the vectors are compared, so none is missed.
+        """Exact while the table has no ANN index; with it approximate, and never short of hits.
 
-        Equal scores are sorted by id, but which of them is the last of `top_k` is not defined.
-        Raises BadInput (vector), IndexUnavailable.
+        A filter is applied before the vectors are compared. Equal scores are sorted by id, but which
+        of them is the last of `top_k` is not defined. Raises BadInput (vector), IndexUnavailable.
         """
         check_namespace(ns)
+        predicate = None if where is None else to_sql(where)
 
         async def ask(opened: _Open) -> Sequence[Hit]:
             check_query(vector, opened.dimensions)
-            search = opened.table.query().nearest_to(np.asarray(vector, np.float32))
-            search = search.distance_type("cosine").limit(min(top_k, TOP_K_MAX))
-            if where is not None:
-                search = search.where(to_sql(where))
-            found = await search.select([*COLUMNS, "_distance"]).to_arrow()
+            limit, own = min(top_k, TOP_K_MAX), self._settings.lancedb
+            found = await nearest(opened.table, vector, limit, predicate, own)
             scores = (1.0 - found["_distance"].to_numpy()).tolist()
             hits = [
                 Hit(record, min(1.0, max(-1.0, score)))
@@ -184,7 +193,7 @@ class LanceIndex:
         A scan that takes longer than old versions are kept (`keep_versions_s`) may fail.
         """
         check_namespace(ns)
-        async with _reading():
+        async with reading():
             opened = await self._open(ns)
             if opened is None:
                 return
@@ -194,10 +203,20 @@ class LanceIndex:
             async for part in await query.to_batches(max_batch_length=SCAN_ROWS):
                 yield from_batch(part)
 
-    async def reached(self, ns: str, _token: str, /) -> bool | None:
-        """A write that returned is seen."""
+    async def reached(self, ns: str, token: str, /) -> bool | None:
+        """In a folder a write that returned is seen; in an object store a token is the table's version,
+        and this process answers for itself: another sees it within `lancedb.read_s`.
+        """
         check_namespace(ns)
-        return True
+        if not self._place.lag_s:
+            return True
+        if not token.isdecimal():
+            return None
+
+        async def ask(opened: _Open) -> bool:
+            return await opened.table.version() >= int(token)
+
+        return await self._read(ns, ask, None)
 
     async def ensure(self, spec: CollectionSpec) -> None:
         """Make the table. Raises BadInput when it has too many dimensions."""
@@ -207,21 +226,22 @@ class LanceIndex:
         async with self._lock(spec.ns), self._writing(spec.ns):
             if await self._open(spec.ns) is None:
                 schema = schema_of(spec.dimensions)
-                database = await self._database()
+                database = await self._place.database()
                 table = await database.create_table(spec.ns, schema=schema, exist_ok=True)
                 await index_text(table)
 
     async def drop(self, ns: str) -> None:
         """Remove the table and its files."""
         check_namespace(ns)
+        await self._builds.forget(ns)
         async with self._lock(ns), self._writing(ns):
             self._forget(ns)
             self._commits.pop(ns, None)
-            database = await self._database()
+            database = await self._place.database()
             try:
                 await database.drop_table(ns)
             except ValueError as error:
-                if not _says(error, MISSING):
+                if not says_missing(error):
                     raise
 
     async def stats(self, ns: str) -> IndexStats:
@@ -234,13 +254,16 @@ class LanceIndex:
         return await self._read(ns, ask, IndexStats(records=0))
 
     async def maintain(self) -> None:
-        """Compact tables with `compact_commits` or more commits; remove versions that are old.
+        """Compact tables with `compact_commits` or more commits, add their new rows to the ANN index,
+        remove versions that are old; begin the build of an index that is wanted, and return.
 
         A conflict is not an error: the table is tried again after half as many commits.
         """
         limit = self._settings.compact_commits
         keep = timedelta(seconds=self._settings.keep_versions_s)
         for ns in [ns for ns, commits in self._commits.items() if commits >= limit]:
+            if ns == self._builds.under_way:
+                continue
             async with self._lock(ns), self._writing(ns):
                 opened = await self._open(ns)
                 self._commits[ns] = 0
@@ -248,37 +271,38 @@ class LanceIndex:
                     if opened is not None:
                         await index_text(opened.table)  # of a table from before there was one
                         await opened.table.optimize(cleanup_older_than=keep)
+                        self._builds.compacted(ns)
                 except (RuntimeError, OSError) as error:
                     self._commits[ns] = limit // 2
                     log.warning("compaction of %s is put off: %s", ns, error)
+        await self._builds.tick(self._open_afresh)
 
     async def aclose(self) -> None:
         """Close the tables and the connection; a later call would connect again."""
+        await self._builds.stop()
         while self._tables:
             self._tables.popitem()[1].table.close()  # type: ignore[no-untyped-call]
-        if self._connection is not None:
-            self._connection.close()  # type: ignore[no-untyped-call]
-            self._connection = None
+        self._place.close()
 
-    async def _database(self) -> "lancedb.AsyncConnection":
-        async with self._connecting:
-            if self._connection is None:
-                lancedb = await asyncio.to_thread(importlib.import_module, "lancedb")
-                self._connection = await lancedb.connect_async(
-                    self._uri, read_consistency_interval=timedelta(0)
-                )
-            return self._connection
+    def _token(self, version: int | None) -> str | None:
+        return str(version) if self._place.lag_s and version is not None else None
+
+    async def _open_afresh(self, ns: str) -> "lancedb.AsyncTable | None":
+        database = await self._place.database()
+        with not_of_records():
+            try:
+                return await database.open_table(ns)
+            except ValueError as error:
+                if says_missing(error):
+                    return None
+                raise
 
     async def _open(self, ns: str) -> _Open | None:
         opened = self._tables.get(ns)
         if opened is None:
-            database = await self._database()
-            try:
-                table = await database.open_table(ns)
-            except ValueError as error:
-                if _says(error, MISSING):
-                    return None
-                raise
+            table = await self._open_afresh(ns)
+            if table is None:
+                return None
             schema = await table.schema()
             opened = _Open(table, schema.field("vector").type.list_size)
             self._tables[ns] = opened
@@ -306,14 +330,14 @@ class LanceIndex:
             self._commits[ns] = int(stats["fragment_stats"]["num_small_fragments"])
 
     async def _read(self, ns: str, ask: Callable[[_Open], Awaitable[T]], missing: T) -> T:
-        async with _reading():
+        async with reading():
             opened = await self._open(ns)
             if opened is None:
                 return missing
             try:
                 return await ask(opened)
             except (RuntimeError, OSError) as error:
-                if not _says(error, MISSING):
+                if not says_missing(error):
                     raise
             # Compacted or dropped under this handle: opening afresh tells which.
             self._forget(ns)
@@ -325,26 +349,10 @@ class LanceIndex:
         """Turns what Lance raises into what the buffer decides on."""
         try:
             yield
-        except (RuntimeError, OSError) as error:
-            self._forget(ns)
-            if _says(error, OFFLINE):
-                raise IndexOffline(str(error)) from error
-            raise IndexRetryable(str(error), retry_after_s=RETRY_AFTER_S) from error
-        except (ValueError, TypeError, OverflowError) as error:
-            raise RecordsRejected(str(error)) from error
-
-
-@asynccontextmanager
-async def _reading() -> AsyncIterator[None]:
-    try:
-        yield
-    except (RuntimeError, OSError) as error:
-        raise IndexUnavailable("The index cannot be read.", retry_after_s=1) from error
-
-
-def _says(error: Exception, words: Iterable[str]) -> bool:
-    # Lance raises RuntimeError and ValueError for everything: only the text tells.
-    return any(word in str(error) for word in words)
+        except (RuntimeError, OSError, ValueError, TypeError, OverflowError) as error:
+            if isinstance(error, RuntimeError | OSError):
+                self._forget(ns)
+            raise write_fault(error) from error
 
 
 def _in_ids(ids: Iterable[str]) -> str:

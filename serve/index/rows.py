@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 COLUMNS = ("id", "document", "generation", "ordinal", "vector", "text", "start", "end", "metadata")
 """What makes a record; `terms` is there for filters only."""
 
+KEY = {"lance-schema:unenforced-primary-key": "true"}
+"""Of the field `id`: Lance then compares the ids that two commits insert, and does the later one again.
+Without it two writers leave the same new id twice. A table keeps what it was made with."""
+
 
 def schema_of(dimensions: int) -> "pa.Schema":
     """The table's schema: vectors are fixed-size lists of float32."""
@@ -37,7 +41,12 @@ def schema_of(dimensions: int) -> "pa.Schema":
         "metadata": text,
         "terms": text,
     }
-    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in kinds.items()])
+    return pa.schema(
+        [
+            pa.field(name, kind, nullable=False, metadata=KEY if name == "id" else None)
+            for name, kind in kinds.items()
+        ]
+    )
 
 
 def to_arrow(records: Sequence[Record], dimensions: int) -> "pa.Table":

@@ -228,9 +228,13 @@ async def test_a_compaction_that_conflicts_is_put_off(index, caplog):
 
 async def test_a_table_from_before_there_was_full_text_gets_its_index_when_it_is_compacted(uri):
     index = LanceIndex(uri, HASTY)
-    database = await index._database()
-    await database.create_table(NS, schema=schema_of(DIMENSIONS))
-    await index.upsert(NS, [replace(records(0, 1)[0], text="the pumps")])
+    database = await index._place.database()
+    schema = schema_of(DIMENSIONS)
+    # from before its ids were told to be keys, too
+    schema = schema.set(0, schema.field("id").remove_metadata())
+    await database.create_table(NS, schema=schema)
+    await index.upsert(NS, [replace(records(0, 1)[0], text="the pumps", generation=2)])
+    await index.upsert(NS, records(0, 1))
     assert [hit.record.id for hit in await index.match(NS, "pumps", 5)] == ["r0"]
     for start in range(1, 4):
         await index.upsert(NS, records(start, start + 1))
@@ -251,6 +255,24 @@ async def test_a_folder_that_cannot_be_made_takes_the_index_offline(tmp_path):
         await index.query(NS, np.ones(DIMENSIONS, np.float32), 1)
     with pytest.raises(IndexUnavailable):
         await index.open()
+
+
+async def test_an_object_store_that_does_not_answer_costs_no_records():
+    away = {
+        "aws_endpoint": "http://127.0.0.1:9",
+        "allow_http": "true",
+        "aws_region": "us-east-1",
+        "aws_access_key_id": "test",
+        "aws_secret_access_key": "test",
+        "client_max_retries": "0",
+        "client_retry_timeout": "1",
+    }
+    index = LanceIndex("s3://bucket/prefix", IndexSettings(), away)
+    with pytest.raises(IndexRetryable):
+        await index.upsert(NS, records(0, 1))
+    with pytest.raises(IndexUnavailable):
+        await index.query(NS, np.ones(DIMENSIONS, np.float32), 1)
+    await index.aclose()
 
 
 async def test_open_tables_are_bounded(uri):
