@@ -17,9 +17,11 @@ from serve.errors import IndexUnavailable
 from serve.index.errors import IndexOffline
 from serve.index.writer import Writer
 from serve.ports import Index
+from serve.pressure import Sender
 from serve.records import CollectionSpec, Record
 
 
+SENDER = Sender("bench", 1.0)
 WAIT_S = 300.0
 """How long an offer waits: longer than any fault here lasts."""
 TAKEN_S = 0.02
@@ -110,7 +112,7 @@ async def flushes(size: Size) -> dict[str, Any]:
 async def _offered(writer: Writer, ns: str, start: int, most: int, each: int) -> Sequence[str]:
     """What became of so many records, offered in parts at once."""
     parts = [records(at, min(each, start + most - at)) for at in range(start, start + most, each)]
-    outcomes = await asyncio.gather(*(writer.offer(ns, part, WAIT_S) for part in parts))
+    outcomes = await asyncio.gather(*(writer.offer(SENDER, ns, part, WAIT_S) for part in parts))
     return [one.word for part in outcomes for one in part]
 
 
@@ -143,7 +145,7 @@ async def _steady(fault: Fault, seconds: float, size: Size) -> dict[str, Any]:
 
             async def one() -> None:
                 began = time.perf_counter()
-                (outcome,) = await writer.offer(ns, records(next(numbers), 1), WAIT_S)
+                (outcome,) = await writer.offer(SENDER, ns, records(next(numbers), 1), WAIT_S)
                 words.append(outcome.word)
                 lags.append((began, time.perf_counter() - began))
 
@@ -186,7 +188,9 @@ async def poison(size: Size) -> dict[str, Any]:
         watched.fault = poisoned(bad)
         async with writing(watched) as writer:
             parts = [made[at : at + 100] for at in range(0, len(made), 100)]
-            outcomes = await asyncio.gather(*(writer.offer(ns, part, WAIT_S) for part in parts))
+            outcomes = await asyncio.gather(
+                *(writer.offer(SENDER, ns, part, WAIT_S) for part in parts)
+            )
         told = [one.word for part in outcomes for one in part]
         held = (await inner.stats(ns)).records
     rejected = frozenset(
@@ -248,7 +252,7 @@ async def rot(size: Size, *, compacted: bool) -> dict[str, Any]:
 async def _told(writer: Writer, ns: str, row: Sequence[Record]) -> str:
     """What became of it; a writer that was fenced out refuses or gives back."""
     try:
-        (outcome,) = await writer.offer(ns, row, WAIT_S)
+        (outcome,) = await writer.offer(SENDER, ns, row, WAIT_S)
     except IndexUnavailable:
         return "refused"
     return outcome.word
