@@ -21,7 +21,8 @@ def share(tokens: Sequence[int], row_tokens: int) -> list[list[int]]:
     """Place inputs of so many tokens in rows of at most `row_tokens`, or of the longest input.
 
     Returns indices, each exactly once. Best fit decreasing says how many rows; then they are made
-    even, where that makes the longest one shorter.
+    even, where that makes the longest one shorter. Inputs too long to pair well (three of 40 tokens
+    in rows of 96) keep rows of their own.
     """
     if not tokens:
         return []
@@ -36,7 +37,10 @@ def share(tokens: Sequence[int], row_tokens: int) -> list[list[int]]:
         filled, row = heap[0]
         even[row].append(index)
         heapreplace(heap, (filled + tokens[index], row))
-    return even if max(heap)[0] <= limit - free else full
+    rows, longest = (even, max(heap)[0]) if max(heap)[0] <= limit - free else (full, limit - free)
+    if len(tokens) * tokens[order[0]] < len(rows) * longest:
+        return [[index] for index in order]
+    return rows
 
 
 def _fitted(tokens: Sequence[int], order: Sequence[int], limit: int) -> tuple[list[list[int]], int]:
