@@ -68,6 +68,12 @@ class Round:
     flood: LightWaits
     handout_ms: Sequence[float]
     tokens_s: float
+    cost_s: float
+    """Tokens a second, and so many more for each text as the fair queue counts for it."""
+    bulk_part: float
+    """Of the tokens: passages, and a job's way to the index takes the same two cores."""
+    busy: float
+    """Seconds of hand-outs a second: the rest, the model waits for work."""
     idle: LightWaits = field(default_factory=dict)
     shares: Mapping[str, float] = field(default_factory=dict)
     asked: Mapping[str, float] = field(default_factory=dict)
@@ -111,7 +117,15 @@ async def flooded(place: Town, cluster: Cluster, policy: Policy, plan: Plan, see
         took_s = monotonic() - began
         light = await asking
         await ahead
-    return Round(light, given["handout_ms"], sum(given["tokens"].values()) / took_s)
+    tokens = sum(given["tokens"].values())
+    return Round(
+        light,
+        given["handout_ms"],
+        tokens_s=tokens / took_s,
+        cost_s=sum(given["cost"].values()) / took_s,
+        bulk_part=given["tokens"].get("job", 0) / tokens,
+        busy=sum(given["handout_ms"]) / 1e3 / took_s,
+    )
 
 
 async def _begun(cluster: Cluster, policy: Policy) -> None:
@@ -197,6 +211,9 @@ def describe(rounds: Sequence[Round], paired: Sequence[Round] = ()) -> dict[str,
         "unanswered": sum(waits.unanswered for one in floods for waits in one.values()),
         "handout_ms": {f"p{part * 100:.0f}": percentile(handouts, part) for part in PARTS},
         "tokens_s": spread([one.tokens_s for one in flooded]),
+        "cost_s": spread([one.cost_s for one in flooded]),
+        "bulk_part": spread([one.bulk_part for one in flooded]),
+        "busy": spread([one.busy for one in flooded]),
         "share_over_free": {
             tier: cost[tier] / cost["free"] if cost["free"] else None for tier in TIERS
         },
