@@ -1,6 +1,6 @@
 """How soon can what was written be found, how fast does it land, and what survives?
 
-    python -m bench.landing                      # all parts, about twenty minutes
+    python -m bench.landing                      # all parts, about fifteen minutes
     python -m bench.landing --only bulk,rot      # some of them
     python -m bench.landing --smoke              # under 30 s, without Ray and `kill`
 
