@@ -2,32 +2,41 @@
 
     python -m bench.landing                      # all parts, about fifteen minutes
     python -m bench.landing --only bulk,rot      # some of them
-    python -m bench.landing --smoke              # under 30 s, without Ray
+    python -m bench.landing --smoke              # under 30 s, without Ray and `kill`
 
 `bulk`: upserts of 1, 50 and 1,000 records by turns, for each index that can run here. `flushes`: a burst
 through the service's own writer onto LanceDB, in this process. `trickle` and `burst`: the whole service over
-HTTP, with the fake engine and LanceDB. `faults`: the writer over an index that is down, that throttles, and
-that refuses one record in a hundred. `rot`: 300 single-row writes, with compaction and without it, while a
-second writer is forced to start six times.
+HTTP, with the fake engine and LanceDB. `kill`: the same, whose writer is killed in mid-flush, and its Store.
+`faults`: the writer over an index that is down, that throttles, and that refuses one record in a hundred.
+`switch`: from bulk to single writes while records wait. `rot`: 300 single-row writes, with compaction and
+without it, while a second writer is forced to start six times.
 """
 
 import asyncio
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from bench import landing_parts as parts
 from bench import landing_service as service
 from bench import servers
+from bench.landing_figures import flushes
 from bench.landing_indexes import present
+from bench.landing_kill import Kills, kill
 from bench.landing_parts import Size
 from bench.landing_service import Load
+from bench.landing_switch import switch
 from bench.load import Target
 from bench.report import arguments, finish, ratios, spread, table
+from serve.config import Index
 
 
-PARTS = ("bulk", "flushes", "trickle", "burst", "faults", "rot")
+PARTS = ("bulk", "flushes", "faults", "switch", "rot", "trickle", "burst", "kill")
+ROTTEN = ("write_ratio", "upsert_ratio", "query_ratio")
+INDEX = Index().uri
+"""The folder of tables under the service's own."""
 SMOKE = Size(
     sizes=(1, 50),
     singles=3,
@@ -36,6 +45,7 @@ SMOKE = Size(
     down_s=0.5,
     storm_s=0.5,
     pause_s=0.5,
+    buffered=100,
     poison=200,
     rows=200,
     writes=6,
@@ -43,6 +53,7 @@ SMOKE = Size(
     queries=3,
 )
 SMOKE_LOAD = Load(trickle=15, burst=600, request=200, probes=20)
+SMOKE_KILLS = Kills(victims=("upserter",), before_s=5)
 
 
 def bulk(size: Size, rounds: int) -> dict[str, Any]:
@@ -84,21 +95,22 @@ def rot(size: Size, rounds: int) -> dict[str, Any]:
         name: {
             "duplicates": sum(one["duplicates"] for one in found),
             "lost": sum(one["lost"] for one in found),
-            "upsert_ratio": spread([one["upsert_ratio"] for one in found]),
-            "query_ratio": spread([one["query_ratio"] for one in found]),
+            **{word: spread([one[word] for one in found]) for word in ROTTEN},
             "rounds": found,
         }
         for name, found in ways.items()
     }
 
 
-def served(target: Target, load: Load, only: Sequence[str]) -> dict[str, Any]:
-    """The parts that go over HTTP."""
-    found = {}
+def served(target: Target, ray: Path | None, load: Load, only: Sequence[str]) -> dict[str, Any]:
+    """The parts that go over HTTP; Ray's folder says what the writer counted."""
+    found: dict[str, Any] = {}
     for name, part in (("trickle", service.trickle), ("burst", service.burst)):
         if name in only:
             found[name] = asyncio.run(part(target, load))
             _say(f"{name} done")
+    if ray is not None:
+        found["served_flushes"] = asyncio.run(flushes(ray))
     return found
 
 
@@ -111,6 +123,12 @@ def shown(result: dict[str, Any]) -> str:
         if name in result:
             rows += [[f"{name}: lag {word} ms", ms] for word, ms in result[name]["lag_ms"].items()]
             rows.append([f"{name}: lost", result[name]["lost"]])
+    rows += [
+        [f"burst: {role} grew by MiB", one["grew"]]
+        for role, one in result.get("burst", {}).get("memory_mb", {}).items()
+    ]
+    if "served_flushes" in result:
+        rows.append(["trickle, burst: failed share", result["served_flushes"]["failed_share"]])
     if "flushes" in result:
         one = result["flushes"]
         rows += [["flushes: failed share", one["failed_share"]], ["flushes: lost", one["lost"]]]
@@ -121,8 +139,19 @@ def shown(result: dict[str, Any]) -> str:
             [f"{name}: {word}", one[word]] for word in ("recovered_s", "rejected") if word in one
         ]
     for name, one in result.get("rot", {}).items():
-        rows += [[f"rot {name}: {word}", one[word]] for word in ("upsert_ratio", "query_ratio")]
+        rows += [[f"rot {name}: {word}", one[word]] for word in ROTTEN]
         rows.append([f"rot {name}: duplicates", one["duplicates"]])
+    if "switch" in result:
+        words = ("buffered", "held_at_first_single", "records_a_single", "lost", "not_the_last")
+        rows += [[f"switch: {word}", result["switch"][word]] for word in words]
+    if "kill" in result:
+        one = result["kill"]
+        rows += [
+            [f"kill {at + 1}, {each['role']}: recovered s", each["recovered_s"]]
+            for at, each in enumerate(one["kills"])
+        ]
+        words = ("killed_in_flush", "acknowledged", "lost", "duplicates")
+        rows += [[f"kill: {word}", one[word]] for word in words]
     return table(("what", "figure"), rows)
 
 
@@ -134,15 +163,38 @@ def top(result: dict[str, Any]) -> dict[str, Any]:
     if "trickle" in result:
         lags = result["trickle"]["lag_ms"]
         found |= {"lag_p50_ms": lags["p50"], "lag_p95_ms": lags["p95"]}
-    counted = [result[name]["lost"] for name in ("flushes", "trickle", "burst") if name in result]
-    counted += [one["lost"] for name in ("faults", "rot") for one in result.get(name, {}).values()]
-    return {**found, "lost": sum(counted)}
+    single = ("flushes", "switch", "trickle", "burst", "kill")
+    counted = [result[name] for name in single if name in result]
+    counted += [one for name in ("faults", "rot") for one in result.get(name, {}).values()]
+    return found | {
+        word: sum(one.get(word, 0) for one in counted) for word in ("lost", "duplicates")
+    }
 
 
-def _server(*, smoke: bool) -> AbstractContextManager[Target]:
-    if not smoke:
-        return servers.headrace("default", servers.with_fake_model)
-    return servers.ceiling(servers.with_fake_model)
+def killed(kills: Kills) -> dict[str, Any]:
+    """The whole service, a new one, which dies in parts."""
+    with _whole() as (target, folder):
+        return asyncio.run(kill(target, folder / INDEX, kills))
+
+
+@contextmanager
+def _whole() -> Iterator[tuple[Target, Path]]:
+    """The service with all its processes, and the folder that has its data and Ray's."""
+    with (
+        servers.headrace_recipe("default", servers.with_fake_model) as recipe,
+        servers.started(recipe) as target,
+    ):
+        yield target, recipe.folder
+
+
+@contextmanager
+def _server(*, smoke: bool) -> Iterator[tuple[Target, Path | None]]:
+    if smoke:
+        with servers.ceiling(servers.with_fake_model) as target:
+            yield target, None
+    else:
+        with _whole() as (target, folder):
+            yield target, folder / "ray"
 
 
 def _say(text: str) -> None:
@@ -153,9 +205,10 @@ def main(words: Sequence[str] | None = None) -> None:
     """Measure, show, and end with one line of JSON."""
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between")
+    parser.add_argument("--only", help="parts, with commas between")
     options = parser.parse_args(words)
-    only = options.only.split(",")
+    every = [name for name in PARTS if not (options.smoke and name == "kill")]
+    only = options.only.split(",") if options.only else every
     if unknown := set(only) - set(PARTS):
         parser.error(f"there is no part {min(unknown)!r}")
     size, load = (SMOKE, SMOKE_LOAD) if options.smoke else (Size(), Load())
@@ -167,11 +220,15 @@ def main(words: Sequence[str] | None = None) -> None:
         result["flushes"] = asyncio.run(parts.flushes(size))
     if "faults" in only:
         result["faults"] = faults(size)
+    if "switch" in only:
+        result["switch"] = asyncio.run(switch(size.buffered, size.singles))
     if "rot" in only:
         result["rot"] = rot(size, rounds)
     if {"trickle", "burst"} & set(only):
-        with _server(smoke=options.smoke) as target:
-            result |= served(target, load, only)
+        with _server(smoke=options.smoke) as (target, ray):
+            result |= served(target, ray, load, only)
+    if "kill" in only:
+        result["kill"] = killed(SMOKE_KILLS if options.smoke else Kills())
     print(shown(result))
     where = "in process" if options.smoke else "default"
     finish("landing", where, {"rounds": rounds, **top(result), **result}, options.out)

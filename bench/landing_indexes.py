@@ -22,7 +22,7 @@ from serve.config.index import Pgvector, Pinecone
 from serve.index.lancedb import LanceIndex
 from serve.index.memory import MemoryIndex
 from serve.ports import Index
-from serve.records import Record
+from serve.records import CollectionSpec, Record
 
 
 DIMENSIONS = 384
@@ -52,6 +52,13 @@ def records(start: int, count: int, generation: int = 1) -> list[Record]:
 def namespace() -> str:
     """A new one."""
     return uuid.uuid4().hex
+
+
+async def made(index: Index) -> str:
+    """A new namespace in it."""
+    ns = namespace()
+    await index.ensure(CollectionSpec(ns, DIMENSIONS))
+    return ns
 
 
 @asynccontextmanager

@@ -8,24 +8,27 @@ from dataclasses import dataclass
 from itertools import count, cycle
 from typing import Any
 
-from bench.landing_indexes import DIMENSIONS, OPENERS, lancedb, lancedbs, namespace, records
-from bench.landing_writer import Fault, Watched, fence, poisoned, throttled, writing
+from bench.landing_indexes import OPENERS, lancedb, lancedbs, made, records
+from bench.landing_writer import (
+    SENDER,
+    WAIT_S,
+    Fault,
+    Watched,
+    fence,
+    poisoned,
+    throttled,
+    told,
+    writing,
+)
 from bench.report import percentile, spread
 from serve.config import Buffer
 from serve.config import Index as IndexSettings
-from serve.errors import IndexUnavailable
 from serve.index.errors import IndexOffline
 from serve.index.writer import Writer
 from serve.ports import Index
-from serve.pressure import Sender
-from serve.records import CollectionSpec, Record
+from serve.records import Record
 
 
-SENDER = Sender("bench", 1.0)
-WAIT_S = 300.0
-"""How long an offer waits: longer than any fault here lasts."""
-TAKEN_S = 0.02
-"""After this the writer has taken what is offered at once, and has not written it."""
 UNCOMPACTED = 10_000
 """Commits before LanceDB would be compacted: never, in a program as short as this."""
 UNDER_WAY_S = 0.005
@@ -44,6 +47,7 @@ class Size:
     down_s: float = 60.0
     offers_s: float = 20.0
     pause_s: float = Buffer().pause_s
+    buffered: int = 500
     storm_s: float = 30.0
     poison: int = 1000
     rows: int = 2000
@@ -60,7 +64,7 @@ async def bulk(name: str, size: Size) -> dict[int, float]:
     found: dict[int, float] = {}
     async with OPENERS[name]() as index:
         for each in size.sizes:
-            ns = await _made(index)
+            ns = await made(index)
             most = size.singles if each == 1 else size.bulk
             batches = [records(at, each) for at in range(0, most, each)]
             began = time.perf_counter()
@@ -74,28 +78,18 @@ async def bulk(name: str, size: Size) -> dict[int, float]:
     return found
 
 
-async def _made(index: Index) -> str:
-    ns = namespace()
-    await index.ensure(CollectionSpec(ns, DIMENSIONS))
-    return ns
-
-
 # --- flushes ----------------------------------------------------------------------------------
 
 
 async def flushes(size: Size) -> dict[str, Any]:
-    """A burst through the writer onto LanceDB, and a second one that is drained half-way."""
+    """A burst through the writer onto LanceDB."""
     async with lancedb() as inner:
-        watched, ns = Watched(inner), await _made(inner)
+        watched, ns = Watched(inner), await made(inner)
         began = time.perf_counter()
         async with writing(watched) as writer:
-            words = await _offered(writer, ns, 0, size.burst, size.offer)
+            words = await _offered(writer, ns, size)
             seconds = time.perf_counter() - began
-            took, failed = list(watched.took_s), watched.failed
-            late = asyncio.create_task(_offered(writer, ns, size.burst, size.offer, size.offer))
-            await asyncio.sleep(TAKEN_S)
-            await writer.drain(WAIT_S)  # what a switch to single writes does first
-            drained = await late
+        took, failed = watched.took_s, watched.failed
         held = (await inner.stats(ns)).records
     return {
         "records": size.burst,
@@ -103,15 +97,14 @@ async def flushes(size: Size) -> dict[str, Any]:
         "flushes": len(took),
         "failed_share": failed / len(took),
         "flush_s": {"mean": sum(took) / len(took), "max": max(took)},
-        "lost": size.burst + size.offer - held,
+        "lost": size.burst - held,
         "not_landed": sum(word != "landed" for word in words),
-        "drained_not_landed": sum(word != "landed" for word in drained),
     }
 
 
-async def _offered(writer: Writer, ns: str, start: int, most: int, each: int) -> Sequence[str]:
-    """What became of so many records, offered in parts at once."""
-    parts = [records(at, min(each, start + most - at)) for at in range(start, start + most, each)]
+async def _offered(writer: Writer, ns: str, size: Size) -> Sequence[str]:
+    """What became of the records, offered in parts at once."""
+    parts = [records(at, size.offer) for at in range(0, size.burst, size.offer)]
     outcomes = await asyncio.gather(*(writer.offer(SENDER, ns, part, WAIT_S) for part in parts))
     return [one.word for part in outcomes for one in part]
 
@@ -139,7 +132,7 @@ async def _steady(fault: Fault, seconds: float, size: Size) -> dict[str, Any]:
     words: list[str] = []
     quiet_s = min(seconds, 5.0)
     async with lancedb() as inner:
-        watched, ns, numbers = Watched(inner), await _made(inner), count()
+        watched, ns, numbers = Watched(inner), await made(inner), count()
         buffer = Buffer(pause_s=size.pause_s)
         async with writing(watched, buffer) as writer, asyncio.TaskGroup() as group:
 
@@ -181,27 +174,27 @@ def _p95_ms(seconds: Sequence[float]) -> float | None:
 
 async def poison(size: Size) -> dict[str, Any]:
     """One record in a hundred that the index refuses, together with all that is in its batch."""
-    made = records(0, size.poison)
-    bad = frozenset(record.id for record in made[50::100])
+    some = records(0, size.poison)
+    bad = frozenset(record.id for record in some[50::100])
     async with lancedb() as inner:
-        watched, ns = Watched(inner), await _made(inner)
+        watched, ns = Watched(inner), await made(inner)
         watched.fault = poisoned(bad)
         async with writing(watched) as writer:
-            parts = [made[at : at + 100] for at in range(0, len(made), 100)]
+            parts = [some[at : at + 100] for at in range(0, len(some), 100)]
             outcomes = await asyncio.gather(
                 *(writer.offer(SENDER, ns, part, WAIT_S) for part in parts)
             )
-        told = [one.word for part in outcomes for one in part]
+        words = [one.word for part in outcomes for one in part]
         held = (await inner.stats(ns)).records
     rejected = frozenset(
-        record.id for record, word in zip(made, told, strict=True) if word == "rejected"
+        record.id for record, word in zip(some, words, strict=True) if word == "rejected"
     )
     return {
-        "records": len(made),
+        "records": len(some),
         "poison": len(bad),
         "rejected": len(rejected),
         "others_rejected": len(rejected - bad),
-        "lost": len(made) - len(bad) - held,
+        "lost": len(some) - len(bad) - held,
         "upserts": len(watched.took_s),
     }
 
@@ -217,26 +210,30 @@ async def rot(size: Size, *, compacted: bool) -> dict[str, Any]:
     """
     settings = IndexSettings() if compacted else IndexSettings(compact_commits=UNCOMPACTED)
     async with lancedbs(2, settings) as (index, second), AsyncExitStack() as stack:
-        ns, successors = await _made(index), cycle((second, index))
+        ns, successors = await made(index), cycle((second, index))
         store = await stack.enter_async_context(fence(ns))
         for at in range(0, size.rows, 1000):
             await index.upsert(ns, records(at, min(1000, size.rows - at)))
         fresh = count(size.rows)
         before = await _timed(index, ns, fresh, size.queries)
+        took_ms: list[float] = []
         writer = await stack.enter_async_context(writing(index, fence=store, deployment=0))
         for number in range(1, size.writes + 1):
             row = records(next(fresh), 1)
-            first = asyncio.create_task(_told(writer, ns, row))
+            began, first = time.perf_counter(), asyncio.create_task(told(writer, ns, row))
             if number % size.takeover == 0:
                 await asyncio.sleep(UNDER_WAY_S)
                 successor = writing(next(successors), fence=store, deployment=number)
                 writer = await stack.enter_async_context(successor)
-                if await _told(writer, ns, row) != "landed":
+                if await told(writer, ns, row) != "landed":
                     raise RuntimeError("the second writer did not take over")
             await first
+            took_ms.append((time.perf_counter() - began) * 1e3)
         after = await _timed(index, ns, fresh, size.queries)
         ids = [record.id async for part in index.scan(ns) for record in part]
     rows = size.rows + size.writes + 2 * size.queries
+    third = size.writes // 3
+    writes_ms = [spread(some)["median"] for some in (took_ms[:third], took_ms[-third:])]
     return {
         "writes": size.writes,
         "takeovers": size.writes // size.takeover,
@@ -244,18 +241,11 @@ async def rot(size: Size, *, compacted: bool) -> dict[str, Any]:
         "lost": rows - len(set(ids)),
         "upsert_ms": {"before": before[0], "after": after[0]},
         "query_ms": {"before": before[1], "after": after[1]},
+        "write_ms": {"first_third": writes_ms[0], "last_third": writes_ms[1]},
+        "write_ratio": writes_ms[1] / writes_ms[0],
         "upsert_ratio": after[0] / before[0],
         "query_ratio": after[1] / before[1],
     }
-
-
-async def _told(writer: Writer, ns: str, row: Sequence[Record]) -> str:
-    """What became of it; a writer that was fenced out refuses or gives back."""
-    try:
-        (outcome,) = await writer.offer(SENDER, ns, row, WAIT_S)
-    except IndexUnavailable:
-        return "refused"
-    return outcome.word
 
 
 async def _timed(index: Index, ns: str, fresh: "count[int]", queries: int) -> tuple[float, float]:

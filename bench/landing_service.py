@@ -3,6 +3,7 @@
 import asyncio
 import random
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from typing import Any
 
 import httpx
 
-from bench import processes, texts
+from bench import texts
+from bench.landing_figures import Memory
 from bench.load import Target
 from bench.report import percentile
 
@@ -21,7 +23,6 @@ LOOK_PAUSE_S = 0.01
 POST_S = 120.0
 LOST_S = 300.0
 """What is not found after this is lost."""
-MEMORY_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +39,18 @@ class Load:
 
 
 class Watch:
-    """Searches for documents by their numbers, again and again, until each was found."""
+    """Searches for documents by their numbers, again and again, until each was found.
 
-    def __init__(self, client: httpx.AsyncClient, name: str, dimensions: int) -> None:
+    A `patient` one passes over answers that say that the service is not there.
+    """
+
+    def __init__(
+        self, client: httpx.AsyncClient, name: str, dimensions: int, *, patient: bool
+    ) -> None:
         self._client = client
         self._path = f"/v1/collections/{name}/search"
         self._vector = [1.0] + [0.0] * (dimensions - 1)
+        self._patient = patient
         self._waiting: dict[int, float] = {}
         self._woken = asyncio.Event()
         self._done = asyncio.Event()
@@ -67,20 +74,40 @@ class Watch:
             await asyncio.sleep(LOOK_PAUSE_S)
 
     async def _look(self, numbers: Sequence[int]) -> None:
+        try:
+            found = await self.search(numbers, len(numbers))
+        except httpx.HTTPError:
+            if not self._patient:
+                raise
+            return
+        now = time.perf_counter()
+        for number in found:
+            since = self._waiting.pop(number, None)
+            if since is not None:
+                self.lags_s[number] = max(now - since, 0.0)
+        if not self._waiting:
+            self._done.set()
+
+    async def search(self, numbers: Sequence[int], most: int) -> Sequence[int]:
+        """Which of these a search finds now; a number comes once for each hit."""
         asked = {
             "vector": self._vector,
-            "top_k": len(numbers),
+            "top_k": most,
             "filter": {"number": {"$in": list(numbers)}},
         }
         answer = await self._client.post(self._path, json=asked)
         answer.raise_for_status()
-        now = time.perf_counter()
-        for hit in answer.json()["data"]:
-            since = self._waiting.pop(hit["metadata"]["number"], None)
-            if since is not None:
-                self.lags_s[hit["metadata"]["number"]] = max(now - since, 0.0)
-        if not self._waiting:
-            self._done.set()
+        return [hit["metadata"]["number"] for hit in answer.json()["data"]]
+
+    async def count(self, numbers: Sequence[int]) -> dict[str, int]:
+        """Of documents of one chunk: how many no search finds, and how many it finds twice."""
+        missing = twice = 0
+        for start in range(0, len(numbers), WATCHED_MAX):
+            part = numbers[start : start + WATCHED_MAX]
+            hits = Counter(await self.search(part, 2 * len(part)))
+            missing += len(set(part) - hits.keys())
+            twice += sum(times > 1 for times in hits.values())
+        return {"missing": missing, "twice": twice}
 
     async def emptied(self) -> int:
         """Wait until all were found; how many were not, in the end."""
@@ -91,26 +118,25 @@ class Watch:
 
 
 @asynccontextmanager
-async def watching(target: Target, name: str) -> AsyncIterator[tuple[httpx.AsyncClient, Watch]]:
-    """A new collection, and who looks into it."""
+async def watching(
+    target: Target, name: str, *, patient: bool = False
+) -> AsyncIterator[tuple[httpx.AsyncClient, Watch]]:
+    """A new collection, and who looks into it. Raises what a search of an impatient one met."""
     base = target.url.rsplit("/v1/", 1)[0]
     headers = {"authorization": f"Bearer {target.key}"}
     async with httpx.AsyncClient(base_url=base, headers=headers, timeout=POST_S) as client:
         made = await client.post("/v1/collections", json={"name": name, "model": target.model})
         made.raise_for_status()
         stats = (await client.get(f"/v1/collections/{name}/stats")).json()
-        watch = Watch(client, name, stats["dimensions"])
-        running = asyncio.create_task(watch.run())
-        try:
+        watch = Watch(client, name, stats["dimensions"], patient=patient)
+        async with asyncio.TaskGroup() as group:
+            running = group.create_task(watch.run())
             yield client, watch
-        finally:
             running.cancel()
-            with suppress(asyncio.CancelledError):
-                await running
 
 
-async def _accepted(client: httpx.AsyncClient, name: str, numbered: Mapping[int, str]) -> float:
-    """Hand documents over; when they had been accepted."""
+async def accepted(client: httpx.AsyncClient, name: str, numbered: Mapping[int, str]) -> float:
+    """Hand documents over; when they had been accepted. Raises httpx.HTTPError."""
     documents = [
         {"id": f"d{number}", "text": text, "metadata": {"number": number}}
         for number, text in numbered.items()
@@ -130,7 +156,7 @@ async def trickle(target: Target, load: Load) -> dict[str, Any]:
     async with watching(target, "trickle") as (client, watch):
 
         async def one(number: int) -> None:
-            watch.expect(number, await _accepted(client, "trickle", {number: texts_of[number]}))
+            watch.expect(number, await accepted(client, "trickle", {number: texts_of[number]}))
 
         async with asyncio.TaskGroup() as group:
             for number in range(count):
@@ -154,9 +180,9 @@ async def burst(target: Target, load: Load) -> dict[str, Any]:
             while starts:
                 start = starts.pop()
                 part = range(start, min(start + load.request, load.burst))
-                accepted = await _accepted(client, "burst", {n: texts_of[n] for n in part})
+                since = await accepted(client, "burst", {n: texts_of[n] for n in part})
                 for number in sorted(probes.intersection(part)):
-                    watch.expect(number, accepted)
+                    watch.expect(number, since)
 
         measuring = asyncio.create_task(memory.run())
         async with asyncio.TaskGroup() as group:
@@ -167,13 +193,16 @@ async def burst(target: Target, load: Load) -> dict[str, Any]:
         records = await _records(client, load.burst)
         total_s = time.perf_counter() - began
         measuring.cancel()
+        found = await watch.count(range(load.burst))
         stats = (await client.get("/v1/stats")).json()
     return {
         "documents": load.burst,
         "accepted_s": accepted_s,
         "total_s": total_s,
         "lag_ms": lags_ms(list(watch.lags_s.values())),
-        "lost": load.burst - records,
+        "lost": found["missing"],
+        "duplicates": found["twice"],
+        "records": records,
         "probes_missing": missing,
         "failed_items": stats["failed"],
         **memory.shown(),
@@ -188,31 +217,6 @@ async def _records(client: httpx.AsyncClient, wanted: int) -> int:
         if found >= wanted or time.perf_counter() > until:
             return found
         await asyncio.sleep(0.2)
-
-
-class Memory:
-    """What the process that writes the index holds, looked at now and then."""
-
-    def __init__(self, target: Target) -> None:
-        every = [] if target.pid is None else [one.pid for one in processes.tree(target.pid)]
-        writers = [pid for pid in every if processes.role(pid) == "upserter"]
-        self._pid = next(iter(writers or every[:1]), None)
-        self._of = "upserter" if writers else "server"
-        self._seen: list[float] = []
-
-    async def run(self) -> None:
-        """Look until cancelled."""
-        while self._pid is not None:
-            held = processes.memory(self._pid)
-            if held is not None:
-                self._seen.append(held.rss_mb)
-            await asyncio.sleep(MEMORY_S)
-
-    def shown(self) -> dict[str, Any]:
-        """Resident mebibytes at the beginning and at most."""
-        if not self._seen:
-            return {}
-        return {f"{self._of}_mb": {"before": self._seen[0], "max": max(self._seen)}}
 
 
 def lags_ms(seconds: Sequence[float]) -> dict[str, float]:

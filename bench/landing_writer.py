@@ -14,10 +14,12 @@ from typing import Any
 from bench.landing_indexes import DIMENSIONS
 from serve.config import Buffer
 from serve.config import Store as StoreSettings
+from serve.errors import IndexUnavailable
 from serve.index.errors import IndexRetryable, RecordsRejected
 from serve.index.writer import Writer
 from serve.jobs.owner import StoreOwner
 from serve.ports import Fence, Index, Landed
+from serve.pressure import Sender
 from serve.records import Collection, Record
 
 
@@ -39,6 +41,9 @@ class Unfenced:
         return frozenset()
 
 
+SENDER = Sender("bench", 1.0)
+WAIT_S = 300.0
+"""How long an offer waits: longer than any fault here lasts."""
 UNFENCED = Unfenced()
 NAME = "upserter"
 
@@ -127,3 +132,12 @@ async def writing(
     finally:
         await writer.drain(30)
         await running
+
+
+async def told(writer: Writer, ns: str, row: Sequence[Record]) -> str:
+    """What became of one record; a writer that has ended refuses, or gives back."""
+    try:
+        (outcome,) = await writer.offer(SENDER, ns, row, WAIT_S)
+    except IndexUnavailable:
+        return "refused"
+    return outcome.word

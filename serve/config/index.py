@@ -322,6 +322,12 @@ class Buffer(Section):
         description="From this part of these four bounds on, workers take no more work that lands.",
     )
     lanes_max: int = Field(10_000, ge=1, le=10**6, description="Collections with waiting writes.")
+    flush_writes_max: int | None = Field(
+        None,
+        ge=1,
+        le=10**6,
+        description="Writes of one flush, at most; null: as many as the index takes. `1`: single writes.",
+    )
     flushes_max: int = Field(
         2,
         ge=1,

@@ -55,6 +55,8 @@ class Buffer:
     """
 
     def __init__(self, settings: BufferSettings, caps: Capabilities, rng: random.Random) -> None:
+        most = settings.flush_writes_max or caps.max_items
+        caps = replace(caps, max_items=min(most, caps.max_items))
         self._settings = settings
         self._caps = caps
         self._rng = rng

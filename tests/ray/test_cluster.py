@@ -5,9 +5,15 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import numpy as np
 import pytest
+import ray
+import ray.actor
 
-from deployments.actors import LEDGER, STORE, UPSERTER, living, name_of
+from deployments.actors import LEDGER, NAMESPACE, STORE, UPSERTER, living, name_of
+from serve.config import Buffer
+from serve.pressure import Sender
+from serve.records import Record
 
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(150)]
@@ -151,6 +157,55 @@ def test_kill_9_in_mid_ingest_loses_nothing(whole, title, bound_s, record_proper
     record_property("back_s", round(back_s, 1))
     whole.until(whole.ready, timeout_s=bound_s)
     assert ingest.missing() == []
+
+
+@pytest.mark.timeout(240)  # two deployments
+def test_a_switch_to_single_writes_drains_the_buffer_first(whole):
+    before = whole.settings
+    age_s = 60.0  # longer than the test waits
+    gathers = Buffer(age_s_min=age_s, age_s_start=age_s, age_s_max=age_s)
+    tens = before.index.model_copy(update={"max_items": 10})
+    whole.deploy(before.model_copy(update={"buffer": gathers, "index": tens}))
+    with whole.client() as client:
+        ns = client.post("/v1/collections", json={"name": "switched"}).json()["id"]
+
+    written = offer(whole, ns, range(25), 1)
+    whole.until(lambda: counted(whole, "flushes", "depth", "in_flight") == [2, 5, 0])
+    whole.deploy(before.model_copy(update={"buffer": Buffer(flush_writes_max=1)}))
+    assert [one.word for one in ray.get(written, timeout=20)] == ["landed"] * 25
+
+    assert counted(whole, "flushes", "depth") == [0, 0]
+    written = offer(whole, ns, range(22, 27), 2)
+    assert [one.word for one in ray.get(written, timeout=20)] == ["landed"] * 5
+    assert counted(whole, "flushes") == [5]
+    with whole.client() as client:
+        asked = {"vector": [1.0] * 32, "top_k": 50}
+        hits = client.post("/v1/collections/switched/search", json=asked).json()["data"]
+    turns = sorted((hit["metadata"]["n"], hit["metadata"]["turn"]) for hit in hits)
+    assert turns == [(n, 1) for n in range(22)] + [(n, 2) for n in range(22, 27)]
+    whole.settings = before
+    whole.delete()
+
+
+def offer(whole, ns: str, numbers: range, turn: int) -> ray.ObjectRef:
+    """Hand records to this deployment's Upserter; their outcomes, in the end."""
+    vector = np.ones(32, np.float32)
+    some = [
+        Record(f"{n:032x}", f"d{n}", turn, 0, vector, metadata={"n": n, "turn": turn})
+        for n in numbers
+    ]
+    handed = upserter(whole).offer.options(max_task_retries=0)
+    return handed.remote(Sender("tenant-enterprise", 1.0), ns, some, 60.0)
+
+
+def counted(whole, *words: str) -> list[float]:
+    """Figures of its buffer."""
+    stats = ray.get(upserter(whole).stats.remote(), timeout=20)
+    return [stats[word] for word in words]
+
+
+def upserter(whole) -> ray.actor.ActorHandle:
+    return ray.get_actor(name_of(UPSERTER, whole.settings), NAMESPACE)
 
 
 def test_a_new_deployment_takes_over_and_a_deleted_one_leaves_no_orphan(whole):

@@ -11,7 +11,7 @@ from ray.serve._private.common import DeploymentID, ReplicaID
 
 from deployments import actors, upserter
 from deployments import store as store_module
-from deployments.actors import STORE, State, name_of, starting, watch
+from deployments.actors import STORE, UPSERTER, State, name_of, starting, watch
 from deployments.store import StoreActor
 from deployments.upserter import UpserterActor
 from serve.config import Settings
@@ -235,6 +235,32 @@ def test_only_an_actor_that_is_gone_is_said_to_have_left(error, said, monkeypatc
     caplog.set_level("INFO", "headrace.actors")
     actors.retire("store-1", 1)
     assert f"store-1 {said}" in caplog.text
+
+
+class Made:
+    """An actor's class: it tells when an instance is made."""
+
+    def __init__(self, role: str, events: list[str]) -> None:
+        self.role, self.events = role, events
+        self.ready = SimpleNamespace(remote=lambda: None)
+
+    def options(self, **_options: Any) -> "Made":
+        return self
+
+    def remote(self, *_args: Any) -> "Made":
+        self.events.append(f"{self.role} made")
+        return self
+
+
+def test_all_old_actors_have_left_before_a_new_one_is_made(monkeypatch):
+    events: list[str] = []
+    monkeypatch.setattr(actors, "living", lambda role: [f"{role}-old"])
+    monkeypatch.setattr(
+        actors, "retire", lambda name, _timeout_s: events.append(f"{name} has left")
+    )
+    monkeypatch.setattr(actors.ray, "get", lambda *_args, **_more: None)
+    actors.start({role: Made(role, events) for role in (STORE, UPSERTER)}, Settings())
+    assert events == ["upserter-old has left", "store-old has left", "store made", "upserter made"]
 
 
 def bare(actor: Any) -> Any:

@@ -93,6 +93,25 @@ def test_a_full_lane_does_not_wait(buffer):
     assert len(batch.writes) == 8
 
 
+def test_single_writes_go_one_by_one_in_order_and_wait_for_no_age(rng):
+    buffer = Buffer(BufferSettings(age_s_start=1.0, flush_writes_max=1), CAPS, rng)
+    buffer.offer(ME, "a", [*many(3), record("r001", 2)], 0.0, FAR)
+    sent = []
+    while buffer.depth:
+        assert buffer.next_due(0.0) == 0.0
+        [batch] = buffer.due(0.0)
+        sent += [[(write.id, write.generation) for write in batch.writes]]
+        buffer.ack(batch, Landed(), 0.0)
+    assert sent == [[("r000", 1)], [("r001", 2)], [("r002", 1)]]
+
+
+def test_a_flush_holds_no_more_than_the_index_takes_whatever_is_allowed(rng):
+    buffer = Buffer(BufferSettings(flush_writes_max=1000), CAPS, rng)
+    buffer.offer(ME, "a", many(50), 0.0, FAR)
+    [batch] = buffer.due(0.0)
+    assert len(batch.writes) == CAPS.max_items
+
+
 def test_bytes_fill_a_lane_and_bound_a_batch(buffer):
     batch = busy(buffer)
     large = [record(f"l{number}", text="x" * 20_000) for number in range(4)]

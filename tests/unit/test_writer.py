@@ -88,8 +88,8 @@ class FaultyIndex(MemoryIndex):
 class Bench:
     """A running writer with its fakes."""
 
-    def __init__(self, settings: BufferSettings = QUICK) -> None:
-        self.index = FaultyIndex()
+    def __init__(self, settings: BufferSettings = QUICK, index: FaultyIndex | None = None) -> None:
+        self.index = index or FaultyIndex()
         self.fence = FakeFence()
         self.writer = Writer(
             self.index,
@@ -111,8 +111,10 @@ class Bench:
 
 
 @asynccontextmanager
-async def running(settings: BufferSettings = QUICK) -> AsyncIterator[Bench]:
-    made = Bench(settings)
+async def running(
+    settings: BufferSettings = QUICK, index: FaultyIndex | None = None
+) -> AsyncIterator[Bench]:
+    made = Bench(settings, index)
     await made.writer.ensure(CollectionSpec(NS, 2))
     async with asyncio.timeout(20):
         task = asyncio.create_task(made.writer.run())
@@ -305,6 +307,33 @@ async def test_drain_flushes_what_waits_without_its_age():
         bench.index.gate.set()
         await draining
         assert [await first, await second] == [["landed"], ["landed"]]
+
+
+async def test_a_switch_to_single_writes_leaves_nothing_behind_and_keeps_the_order():
+    slow = QUICK.model_copy(update={"age_s_start": 50.0, "age_s_max": 60.0})
+    async with running(slow) as bulk:
+        bulk.index.gate.clear()
+        offers = [asyncio.create_task(bulk.land(record("first")))]
+        await bulk.index.entered.wait()
+        offers += [asyncio.create_task(bulk.land(record(f"r{n}"))) for n in range(4)]
+        await settle(lambda: bulk.writer.stats()["depth"] == 5)
+        draining = asyncio.create_task(bulk.writer.drain(10.0))
+        bulk.index.gate.set()
+        await draining
+        assert await asyncio.gather(*offers) == [["landed"]] * 5
+        one_by_one = QUICK.model_copy(update={"flush_writes_max": 1})
+        async with running(one_by_one, bulk.index) as single:
+            later = [record("r1", 2), record("new"), stone("r2", 2)]
+            assert await single.land(*later) == ["landed"] * 3
+        sent = [(kind, list(ids)) for kind, ids in bulk.index.calls]
+        assert sent == [
+            ("upsert", ["first"]),
+            ("upsert", ["r0", "r1", "r2", "r3"]),
+            ("upsert", ["r1"]),
+            ("upsert", ["new"]),
+            ("delete", ["r2"]),
+        ]
+        assert await bulk.ids() == {"first", "r0", "r1", "r3", "new"}
 
 
 async def test_drain_releases_what_its_deadline_leaves():
