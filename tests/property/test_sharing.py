@@ -4,7 +4,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from serve.embedding.packing import Room, plan
-from serve.embedding.sharing import ROW_TOKENS, padded, share
+from serve.embedding.sharing import ONE_ROW_TOKENS, ROW_TOKENS, padded, share
 
 
 TOKENS = st.lists(st.integers(1, 256), max_size=60)
@@ -20,7 +20,8 @@ def test_every_input_lies_in_one_row_none_longer_than_it_may_be(tokens, row_toke
     rows = share(tokens, row_tokens)
     assert sorted(index for row in rows for index in row) == list(range(len(tokens)))
     assert all(rows)
-    assert max(filled(tokens, rows), default=0) <= max([row_tokens, *tokens]) or not tokens
+    assert len(rows) <= 1 or max(filled(tokens, rows)) <= max([row_tokens, *tokens])
+    assert max(filled(tokens, rows), default=0) <= max([row_tokens, ONE_ROW_TOKENS, *tokens])
 
 
 @given(TOKENS, st.integers(1, 128))
@@ -39,6 +40,19 @@ def test_what_fits_into_one_row_is_not_padded_at_all():
     assert share([5, 90, 1], ROW_TOKENS) == [[1, 0, 2]]
     assert padded([5, 90, 1], ROW_TOKENS) == 96
     assert (padded([], ROW_TOKENS), padded([1, 100]), padded([])) == (0, 200, 0)
+
+
+def test_few_that_would_pad_each_other_much_are_one_row():
+    assert share([8, 180, 40], ROW_TOKENS) == [[1, 2, 0]]
+    assert share([90, 80], ROW_TOKENS) == [[0], [1]]
+    assert share([8, 250], ROW_TOKENS) == [[1], [0]]
+
+
+def test_a_stray_short_item_costs_no_batch_of_its_own():
+    terms = {"overhead": 15.0, "tokens_max": 1024, "items_max": 64}
+    assert len(plan([180, 8, 40], **terms)) == 3
+    assert len(plan([180, 8, 40], **terms, row_tokens=ROW_TOKENS)) == 1
+    assert len(plan([250, 250, 8, 40], **terms, row_tokens=ROW_TOKENS)) == 2
 
 
 @given(TOKENS, st.floats(0, 200), st.integers(256, 2048))
