@@ -31,6 +31,8 @@ from serve.records import Record
 
 UNCOMPACTED = 10_000
 """Commits before LanceDB would be compacted: never, in a program as short as this."""
+REST_S = 1.0
+"""After this a table rests, and so often the writer looks: by default ten and five seconds."""
 UNDER_WAY_S = 0.005
 """After this a flush has asked the fence, and has not been committed."""
 
@@ -203,12 +205,15 @@ async def poison(size: Size) -> dict[str, Any]:
 
 
 async def rot(size: Size, *, compacted: bool) -> dict[str, Any]:
-    """Single-row writes; what an upsert and a query take before and after.
+    """Single-row writes; what an upsert and a query take before, at once afterwards, and when the table has
+    rested for a moment.
 
     Now and then a second writer is forced to start: it takes the epoch while the first one's flush is
     under way, and is given the same row at once, as if its caller had heard nothing.
     """
-    settings = IndexSettings() if compacted else IndexSettings(compact_commits=UNCOMPACTED)
+    commits = {} if compacted else {"compact_commits": UNCOMPACTED}
+    rest_s = REST_S if compacted else 3600.0
+    settings = IndexSettings.model_validate({"compact_rest_s": rest_s, **commits})
     async with lancedbs(2, settings) as (index, second), AsyncExitStack() as stack:
         ns, successors = await made(index), cycle((second, index))
         store = await stack.enter_async_context(fence(ns))
@@ -217,21 +222,24 @@ async def rot(size: Size, *, compacted: bool) -> dict[str, Any]:
         fresh = count(size.rows)
         before = await _timed(index, ns, fresh, size.queries)
         took_ms: list[float] = []
-        writer = await stack.enter_async_context(writing(index, fence=store, deployment=0))
+        buffer = Buffer(upkeep_s=rest_s)
+        writer = await stack.enter_async_context(writing(index, buffer, fence=store, deployment=0))
         for number in range(1, size.writes + 1):
             row = records(next(fresh), 1)
             began, first = time.perf_counter(), asyncio.create_task(told(writer, ns, row))
             if number % size.takeover == 0:
                 await asyncio.sleep(UNDER_WAY_S)
-                successor = writing(next(successors), fence=store, deployment=number)
+                successor = writing(next(successors), buffer, fence=store, deployment=number)
                 writer = await stack.enter_async_context(successor)
                 if await told(writer, ns, row) != "landed":
                     raise RuntimeError("the second writer did not take over")
             await first
             took_ms.append((time.perf_counter() - began) * 1e3)
+        at_once = await _timed(index, ns, fresh, size.queries)
+        await asyncio.sleep(3 * REST_S)
         after = await _timed(index, ns, fresh, size.queries)
         ids = [record.id async for part in index.scan(ns) for record in part]
-    rows = size.rows + size.writes + 2 * size.queries
+    rows = size.rows + size.writes + 3 * size.queries
     third = size.writes // 3
     writes_ms = [spread(some)["median"] for some in (took_ms[:third], took_ms[-third:])]
     return {
@@ -239,12 +247,13 @@ async def rot(size: Size, *, compacted: bool) -> dict[str, Any]:
         "takeovers": size.writes // size.takeover,
         "duplicates": len(ids) - len(set(ids)),
         "lost": rows - len(set(ids)),
-        "upsert_ms": {"before": before[0], "after": after[0]},
-        "query_ms": {"before": before[1], "after": after[1]},
+        "upsert_ms": {"before": before[0], "at_once": at_once[0], "after": after[0]},
+        "query_ms": {"before": before[1], "at_once": at_once[1], "after": after[1]},
         "write_ms": {"first_third": writes_ms[0], "last_third": writes_ms[1]},
         "write_ratio": writes_ms[1] / writes_ms[0],
         "upsert_ratio": after[0] / before[0],
         "query_ratio": after[1] / before[1],
+        "query_ratio_at_once": at_once[1] / before[1],
     }
 
 

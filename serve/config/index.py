@@ -231,6 +231,12 @@ class Index(Section):
     compact_commits: int = Field(
         64, ge=2, le=10_000, description="Compact a table after this many commits."
     )
+    compact_rest_s: float = Field(
+        10,
+        gt=0,
+        le=86_400,
+        description="Compact a table after eight commits if it was not written to for so long.",
+    )
     keep_versions_s: float = Field(
         60, ge=1, le=86_400, description="How long old versions stay for readers on them."
     )
@@ -322,6 +328,12 @@ class Buffer(Section):
         description="From this part of these four bounds on, workers take no more work that lands.",
     )
     lanes_max: int = Field(10_000, ge=1, le=10**6, description="Collections with waiting writes.")
+    upkeep_s: float = Field(
+        5,
+        gt=0,
+        le=3600,
+        description="How often the index tidies up, beside after each flush: LanceDB compacts.",
+    )
     flush_writes_max: int | None = Field(
         None,
         ge=1,

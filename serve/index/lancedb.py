@@ -6,7 +6,7 @@ object store within `lancedb.read_s`. Traps this file steps around:
 - Two writers that insert the same new id make silent duplicates: with a scalar index (lancedb#3377),
   hence `use_index(False)`, and without the table's key (`serve.index.rows.KEY`), which old tables lack.
 - Small commits rot a table: 300 single upserts made an upsert 4 times and a query 7 times slower.
-  `maintain` compacts by the number of commits.
+  `maintain` compacts by the number of commits, and sooner what rests.
 - Compaction removes old versions, so a reader may meet "Not found": it opens the table afresh,
   once.
 - Writes and compaction of one table exclude each other here: a commit conflict would starve one.
@@ -17,6 +17,7 @@ makes an upsert retryable: by the next flush the table is there, or the Store sa
 """
 
 import asyncio
+import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -32,6 +33,7 @@ from serve.errors import BadInput
 from serve.index.checks import RECORD_ID, check_namespace, check_query, newest, refuse
 from serve.index.errors import IndexRetryable
 from serve.index.lance_ann import Builds, nearest
+from serve.index.lance_commits import Commits
 from serve.index.lance_place import (
     RETRY_AFTER_S,
     Place,
@@ -80,7 +82,11 @@ class LanceIndex:
     """
 
     def __init__(
-        self, uri: str, settings: IndexSettings, storage: Mapping[str, str] | None = None
+        self,
+        uri: str,
+        settings: IndexSettings,
+        storage: Mapping[str, str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._place = Place(uri, storage or {}, settings.lancedb.read_s)
         self.caps = Capabilities(
@@ -96,7 +102,8 @@ class LanceIndex:
         self._builds = Builds(settings.lancedb)
         self._tables: OrderedDict[str, _Open] = OrderedDict()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._commits: dict[str, int] = {}
+        self._clock = clock
+        self._commits = Commits(most=settings.compact_commits, rest_s=settings.compact_rest_s)
 
     async def open(self) -> None:
         """Import and connect now instead of on first use. Raises IndexUnavailable, ImportError."""
@@ -236,7 +243,7 @@ class LanceIndex:
         await self._builds.forget(ns)
         async with self._lock(ns), self._writing(ns):
             self._forget(ns)
-            self._commits.pop(ns, None)
+            self._commits.forget(ns)
             database = await self._place.database()
             try:
                 await database.drop_table(ns)
@@ -257,23 +264,23 @@ class LanceIndex:
         """Compact tables with `compact_commits` or more commits, add their new rows to the ANN index,
         remove versions that are old; begin the build of an index that is wanted, and return.
 
-        A conflict is not an error: the table is tried again after half as many commits.
+        A table that nobody has written to for `compact_rest_s` is compacted after a few. A conflict
+        is not an error: the table is tried again after half as many commits.
         """
-        limit = self._settings.compact_commits
-        keep = timedelta(seconds=self._settings.keep_versions_s)
-        for ns in [ns for ns, commits in self._commits.items() if commits >= limit]:
+        keep, now = timedelta(seconds=self._settings.keep_versions_s), self._clock()
+        for ns in self._commits.due(now):
             if ns == self._builds.under_way:
                 continue
             async with self._lock(ns), self._writing(ns):
                 opened = await self._open(ns)
-                self._commits[ns] = 0
+                self._commits.compacted(ns, now)
                 try:
                     if opened is not None:
                         await index_text(opened.table)  # of a table from before there was one
                         await opened.table.optimize(cleanup_older_than=keep)
                         self._builds.compacted(ns)
                 except (RuntimeError, OSError) as error:
-                    self._commits[ns] = limit // 2
+                    self._commits.put_off(ns, now)
                     log.warning("compaction of %s is put off: %s", ns, error)
         await self._builds.tick(self._open_afresh)
 
@@ -322,12 +329,12 @@ class LanceIndex:
         return lock
 
     async def _committed(self, ns: str, opened: _Open) -> None:
-        if ns in self._commits:
-            self._commits[ns] += 1
-        else:
+        number = 1
+        if ns not in self._commits:
             # What an earlier process left uncompacted counts too, one fragment a commit.
             stats: dict[str, Any] = await opened.table.stats()  # type: ignore[assignment]
-            self._commits[ns] = int(stats["fragment_stats"]["num_small_fragments"])
+            number = int(stats["fragment_stats"]["num_small_fragments"])
+        self._commits.add(ns, self._clock(), number)
 
     async def _read(self, ns: str, ask: Callable[[_Open], Awaitable[T]], missing: T) -> T:
         async with reading():

@@ -141,7 +141,7 @@ class Writer:
         self._running = True
         try:
             async with asyncio.TaskGroup() as flushes:
-                tasks: set[asyncio.Task[None]] = set()
+                tasks = {flushes.create_task(self._keep_up())}
                 while not self._stopping:
                     self._wake.clear()
                     for batch in self._buffer.due(self._clock()):
@@ -252,8 +252,14 @@ class Writer:
             return await self._index.upsert(batch.ns, batch.records)
         return await self._index.delete(batch.ns, batch.tombstones)
 
+    async def _keep_up(self) -> None:
+        """What rests is tidied up, too: no flush follows that would do it."""
+        while True:
+            await asyncio.sleep(self._settings.upkeep_s)
+            await self._maintain()
+
     async def _maintain(self) -> None:
-        """Compaction after a flush, when the index says that it is due; one at a time."""
+        """Compaction, when the index says that it is due; one at a time."""
         if self._maintaining:
             return
         self._maintaining = True

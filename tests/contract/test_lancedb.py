@@ -12,6 +12,7 @@ import pytest
 from serve.config import Index as IndexSettings
 from serve.errors import IndexUnavailable
 from serve.index.errors import IndexOffline, IndexRetryable
+from serve.index.lance_commits import FEW
 from serve.index.lancedb import LanceIndex, _Open
 from serve.index.rows import schema_of
 from serve.records import CollectionSpec, Record, Tombstone
@@ -69,6 +70,7 @@ import asyncio, sys
 sys.path.insert(0, sys.argv[2])
 import numpy as np
 from serve.config import Index
+from serve.index.lance_commits import FEW
 from serve.index.lancedb import LanceIndex
 from serve.records import Record
 
@@ -131,6 +133,20 @@ async def test_compaction_by_commits_leaves_readers_alone(index, reader):
     assert {hit.record.id for hit in hits} == {f"r{number}" for number in range(1, 9)}
     await index.upsert(NS, [replace(records(1, 2)[0], text="later")])
     assert [found.text for found in await reader.fetch(NS, ["r1"])] == ["later"]
+
+
+async def test_a_table_that_rests_is_compacted_after_a_few_commits(uri):
+    now = 0.0
+    rested = LanceIndex(uri, IndexSettings(compact_rest_s=10), clock=lambda: now)
+    await rested.ensure(CollectionSpec(NS, DIMENSIONS))
+    for start in range(FEW):
+        await rested.upsert(NS, records(start, start + 1))
+        await rested.maintain()
+    assert await fragments(rested) == FEW
+    now = 10.0
+    await rested.maintain()
+    assert await fragments(rested) == 1
+    await rested.aclose()
 
 
 async def test_readers_search_while_versions_vanish_under_them(index, reader):

@@ -390,6 +390,12 @@ async def test_upkeep_follows_flushes_that_landed(bench):
         await settle(lambda count=count: bench.index.maintained == count)
 
 
+async def test_upkeep_goes_on_while_nothing_is_written():
+    async with running(QUICK.model_copy(update={"upkeep_s": 0.01})) as bench:
+        await settle(lambda: bench.index.maintained >= 2)
+        assert bench.index.calls == []
+
+
 @pytest.mark.parametrize(("error", "faults"), [(IndexRetryable("x"), 0), (KeyError("x"), 1)])
 async def test_failed_upkeep_breaks_nothing(bench, monkeypatch, error, faults):
     async def maintain() -> None:
