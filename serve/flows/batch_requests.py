@@ -10,6 +10,7 @@ from functools import partial
 from itertools import accumulate
 from typing import Any
 
+from serve.admission.metering import OPERATION
 from serve.content.blobs import LocalBlobs
 from serve.content.documents import Document
 from serve.errors import ServiceError
@@ -146,11 +147,13 @@ class RequestWork:
         """Charge for a group until its answers are kept: what fails by our fault is given back."""
         if target.collection is not None:
             await self._lander.hold(sender_of(target.job))
+        OPERATION.set(f"job_{target.job.kind}")  # of this group's task
         charged = self._quotas.admitted(
             target.caller,
             target.job.klass,
             tokens=sum(line.tokens for line in group),
             requests=0,
+            model=group[0].served.model.id,
         )
         async with charged as permit:
             fates = await self._embedded(target, group)

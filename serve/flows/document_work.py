@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from serve.admission.metering import OPERATION
 from serve.content.documents import Document
 from serve.errors import BadInput, ServiceError
 from serve.flows.attempts import tried
@@ -164,12 +165,14 @@ class DocumentWork:
     async def _charged(self, target: Target, group: Sequence[Cut]) -> list[Settlement]:
         """Charge for a group until it has landed: what fails by our fault is given back."""
         await self._lander.hold(sender_of(target.job))
+        OPERATION.set(f"job_{target.job.kind}")  # of this group's task
         charged = self._quotas.admitted(
             target.caller,
             target.job.klass,
             tokens=sum(cut.tokens for cut in group),
             requests=0,
             param="documents",
+            model=target.served.model.id,
         )
         async with charged as permit:
             landfall = await self._landed(target, group)
