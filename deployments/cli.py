@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
+from deployments.cli_backup import backup
 from deployments.cli_documents import ingest, search
 from deployments.cli_operators import audit, keys, tenants
 from deployments.cli_operators import demo_keys as make_demo_keys
@@ -80,7 +81,7 @@ def main() -> None:
     """Text into vectors, vectors into an index, fairly, for many tenants."""
 
 
-for command in (ingest, search, keys, tenants, audit):
+for command in (ingest, search, keys, tenants, audit, backup):
     main.add_command(command)
 
 

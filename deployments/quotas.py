@@ -2,8 +2,11 @@
 
 import os
 import time
+import uuid
 
 from deployments.handles import LedgerPort
+from deployments.usage_sinks import open_sink
+from serve.admission.metering import Meter, UsageEvents
 from serve.admission.quotas import Quotas
 from serve.config import Settings
 from serve.ports import Ledger, Usage
@@ -24,7 +27,14 @@ def open_quotas(settings: Settings, usage: Usage, replica: str, replicas: int) -
         owners_max=settings.admission.tenants_tracked_max,
         clock=time.monotonic,
         wall=time.time,
+        meter=_open_meter(settings, replica),
     )
+
+
+def _open_meter(settings: Settings, replica: str) -> Meter | None:
+    name = f"{replica}/{uuid.uuid4().hex[:8]}"  # a replica's successor may have its name
+    sink = open_sink(settings, name)
+    return None if sink is None else Meter(UsageEvents(name), sink)
 
 
 def open_ledger(settings: Settings) -> Ledger:

@@ -174,7 +174,7 @@ SPANS: Mapping[str, str] = {
     "headrace.queue": "A call's wait in the fair queue, and for its model.",
     "headrace.batch": "A batch at the model: a trace of its own, with a link to each call.",
     "headrace.work": "A worker at items of a job; within the request that made the job.",
-    "headrace.offer": "Writes from a worker until the index has answered.",
+    "headrace.offer": "Writes of a worker, or of raw vectors, until the index has answered.",
     "headrace.flush": "A bulk upsert: a trace of its own, with a link to each offer.",
 }
 """What `serve.tracing` makes. Attributes carry ids, classes and counts; no text, vector, key or tenant."""

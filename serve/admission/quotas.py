@@ -18,6 +18,7 @@ from serve.admission.accounts import Account, Rate
 from serve.admission.asks import Ask, Permit, Refusal
 from serve.admission.leases import Leases
 from serve.admission.limits import SECONDS_PER_MINUTE, day_of, month_ends
+from serve.admission.metering import OPERATION, Meter, Outcome, Row
 from serve.admission.usage import UsageCount
 from serve.admission.wallets import Wallet
 from serve.errors import BadInput, Internal, QuotaExceeded, ServiceError
@@ -56,6 +57,7 @@ class Quotas:
         replica: names this process among those that are alive.
         owners_max: keys, by class, whose state is held.
         clock: monotonic, in seconds; `wall` in epoch seconds.
+        meter: writes usage as events, too; None: nobody wants them.
         tally: what happened so far.
     """
 
@@ -68,6 +70,7 @@ class Quotas:
     owners_max: int
     clock: Callable[[], float]
     wall: Callable[[], float]
+    meter: Meter | None = None
     tally: Tally = field(default_factory=Tally, init=False)
 
     def __post_init__(self) -> None:
@@ -98,22 +101,31 @@ class Quotas:
         costs = [0 if account.by_token else 1 for account in wallet.accounts]
         refusal = self._leases.refusal(wallet, costs, self.clock())
         if refusal is not None:
-            self._refuse(wallet, refusal)
+            self._refuse(wallet, refusal, "")
             raise _exceeded(refusal)
 
     @asynccontextmanager
     async def admitted(
-        self, caller: Caller, klass: Klass, *, tokens: int, requests: int = 1, param: str = "input"
+        self,
+        caller: Caller,
+        klass: Klass,
+        *,
+        tokens: int,
+        requests: int = 1,
+        param: str = "input",
+        model: str = "",
     ) -> AsyncIterator[Permit]:
         """Charge one request around its work: all of its limits, or none.
 
         With `requests` 0 only limits of tokens are charged: of a request that was charged before
-        its tokens were counted. It is refunded when it is shed, fails by our fault or is cancelled;
-        a caller's own mistake that was only found after work was done stays charged. Raises
-        QuotaExceeded with the limit as its code and the exact wait, BadInput
+        its tokens were counted. `model` is what they are for. It is refunded when it is shed, fails
+        by our fault or is cancelled; a caller's own mistake that was only found after work was done
+        stays charged. Raises QuotaExceeded with the limit as its code and the exact wait, BadInput
         (`tokens_exceed_quota`) for more tokens than the limit can ever hold.
         """
-        permit = await self._admit(caller, klass, param, tokens=tokens, requests=requests)
+        permit = await self._admit(
+            caller, klass, param, tokens=tokens, requests=requests, model=model
+        )
         refund = True
         try:
             yield permit
@@ -125,7 +137,9 @@ class Quotas:
             self._leases.release(permit, self.clock(), refund=refund)
             self._nudge()
             if not refund:
-                self._add_usage(permit.wallet, requests=permit.requests, tokens=permit.tokens)
+                self._used(permit, model)
+            elif requests:
+                self._meter(permit.wallet, "refunded", model, requests=requests)
 
     def settle(self, permit: Permit, *, tokens: int) -> None:
         """The true count is known: charge or give back the difference."""
@@ -138,7 +152,7 @@ class Quotas:
         return [account.rate(now, month_left_s) for account in accounts]
 
     async def _admit(
-        self, caller: Caller, klass: Klass, param: str, *, tokens: int, requests: int
+        self, caller: Caller, klass: Klass, param: str, *, tokens: int, requests: int, model: str
     ) -> Permit:
         if self.wall() >= self._turns_at:
             self._turn()
@@ -155,7 +169,7 @@ class Quotas:
             if answer.share is not None:
                 self.tally.local_grants += 1
             return answer
-        self._refuse(wallet, answer)
+        self._refuse(wallet, answer, model)
         limit = answer.limit
         if limit.unit == "tokens" and tokens > limit.burst:
             raise BadInput(
@@ -213,9 +227,15 @@ class Quotas:
         if self._leases.urgent:
             self._wake.set()
 
-    def _refuse(self, wallet: Wallet, refusal: Refusal) -> None:
+    def _refuse(self, wallet: Wallet, refusal: Refusal, model: str) -> None:
         self.tally.refused[refusal.limit.name] += 1
         self._add_usage(wallet, refused=1)
+        self._meter(wallet, "refused", model, requests=1)
+
+    def _used(self, permit: Permit, model: str) -> None:
+        wallet, requests, tokens = permit.wallet, permit.requests, permit.tokens
+        self._add_usage(wallet, requests=requests, tokens=tokens)
+        self._meter(wallet, "charged", model, requests=requests, tokens=tokens)
 
     def _add_usage(
         self, wallet: Wallet, *, requests: int = 0, tokens: int = 0, refused: int = 0
@@ -229,6 +249,15 @@ class Quotas:
             refused=refused,
         )
 
+    def _meter(
+        self, wallet: Wallet, outcome: Outcome, model: str, *, requests: int, tokens: int = 0
+    ) -> None:
+        if self.meter is None:
+            return
+        place = self._month, wallet.tenant, wallet.key, wallet.klass
+        row = Row(*place, OPERATION.get(), model, outcome)
+        self.meter.count(row, requests=requests, tokens=tokens, now=self.wall())
+
     # --- in the background ---------------------------------------------------------------
 
     async def run(self) -> None:
@@ -239,6 +268,8 @@ class Quotas:
 
     async def close(self) -> None:
         """Give everything back and report the last usage, after `run` has ended."""
+        if self.meter is not None:
+            await self.meter.write()
         with suppress(TimeoutError):
             async with asyncio.timeout(self.settings.timeout_s):
                 if await self._exchange():
@@ -303,6 +334,8 @@ class Quotas:
 
     async def _report(self) -> None:
         """Report what was used until now; what the Store does not take waits for the next time."""
+        if self.meter is not None:
+            await self.meter.write()
         for report in self._count.due():
             try:
                 await self.usage.report_usage(report.session, report.rows)
@@ -320,6 +353,8 @@ class Quotas:
         day = day_of(at)
         self._turns_at = _next_day(at)
         self._count.turn(day)
+        if self.meter is not None:
+            self.meter.turn()
         if day[:7] != self._month:
             self._month = day[:7]
             self._month_ends = month_ends(at)

@@ -95,7 +95,7 @@ def _charged() -> Iterator[Charged]:
     for router, klass in CHARGED:
         for route in router.routes:
             if isinstance(route, APIRoute):
-                yield frozenset(route.methods or ()), route.path_regex, klass
+                yield frozenset(route.methods or ()), route.path_regex, klass, route.name
 
 
 async def _service_error(request: Request, error: Exception) -> Response:

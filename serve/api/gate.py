@@ -9,14 +9,15 @@ from re import Pattern
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serve.admission.metering import OPERATION
 from serve.api.problems import respond
 from serve.api.service import Service
 from serve.errors import ServiceError
 from serve.records import Klass
 
 
-Charged = tuple[frozenset[str], Pattern[str], Klass]
-"""Methods and path of a route, and the class it is charged to."""
+Charged = tuple[frozenset[str], Pattern[str], Klass, str]
+"""Methods and path of a route, the class it is charged to, and its operation."""
 
 
 class Gate:
@@ -31,8 +32,10 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
-        klass = self._klass(scope) if scope["type"] == "http" else None
-        if klass is not None:
+        found = self._charge(scope) if scope["type"] == "http" else None
+        if found is not None:
+            klass, operation = found
+            OPERATION.set(operation)  # of this task, which is the request's
             service, state = self._service(), scope["state"]
             state["klass"] = klass
             try:
@@ -44,9 +47,9 @@ class Gate:
                 return
         await self._app(scope, receive, send)
 
-    def _klass(self, scope: Scope) -> Klass | None:
+    def _charge(self, scope: Scope) -> tuple[Klass, str] | None:
         method, path = scope["method"], scope["path"]
-        for methods, pattern, klass in self._charged:
+        for methods, pattern, klass, operation in self._charged:
             if method in methods and pattern.match(path):
-                return klass
+                return klass, operation
         return None

@@ -25,7 +25,7 @@ from serve.config.embedding import (
 )
 from serve.config.index import Buffer, Index
 from serve.config.jobs import Files, Jobs, Store
-from serve.config.processes import Actors, Ingress, Logs, Worker
+from serve.config.processes import Actors, Ingress, Logs, UsageEvents, Worker
 from serve.config.scaling import Autoscaling, IngressScaling, PoolScaling, WorkerScaling
 from serve.config.search import Search
 from serve.section import Section
@@ -56,6 +56,7 @@ __all__ = [
     "Search",
     "Settings",
     "Store",
+    "UsageEvents",
     "Webhooks",
     "Worker",
     "WorkerScaling",
@@ -92,6 +93,9 @@ class Settings(Section):
     webhooks: Webhooks = Field(default=Webhooks(), description="Who is told of the ends of jobs.")
     actors: Actors = Field(default=Actors(), description="The named actors.")
     logs: Logs = Field(default=Logs(), description="Lines of the log.")
+    usage_events: UsageEvents = Field(
+        default=UsageEvents(), description="Usage as events for billing and analytics."
+    )
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:

@@ -101,6 +101,28 @@ class Logs(Section):
     )
 
 
+class UsageEvents(Section):
+    """What each key used, as CloudEvents for billing and analytics. Every `ledger.usage_flush_s` a line for each key, class,
+    operation, model and outcome that there was.
+    """
+
+    sink: Literal["none", "stderr", "folder"] = Field(
+        "none", description="Where ingress and workers write them, as lines of JSON."
+    )
+    folder: str = Field(
+        "usage",
+        min_length=1,
+        description="With `folder`: under `data_dir`, unless absolute. A file for each hour and process.",
+    )
+    keep_days: float = Field(7, gt=0, le=3660, description="Then files are deleted.")
+    bytes_max: int = Field(
+        10 * 2**30,
+        ge=2**20,
+        le=2**50,
+        description="Of all files together, but for an hour's growth: the oldest are deleted.",
+    )
+
+
 class Actors(Section):
     """The named actors: Store owner, Upserter and Ledger."""
 

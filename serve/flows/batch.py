@@ -6,6 +6,7 @@ This is the accepting half; `serve.flows.batch_work` reads the file and does the
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from serve import tracing
 from serve.errors import BadInput, NotFound
 from serve.flows.collections import CollectionFlow
 from serve.flows.context import Context, new_op
@@ -80,7 +81,11 @@ class BatchFlow:
             weight=caller.weight,
             created_at=now,
             collection=collection,
-            spec={"output_kept_s": kept_s, "collection": request.collection},
+            spec={
+                "output_kept_s": kept_s,
+                "collection": request.collection,
+                **tracing.kept(),
+            },
             metadata=request.metadata,
             files={"input": request.input_file},
             expires_at=now + WINDOW_S,

@@ -10,7 +10,7 @@ from functools import partial
 
 from serve.content.blobs import LocalBlobs
 from serve.flows.batch_file import failed_line, refused_line, request_id
-from serve.flows.bulk import FILES_AT_ONCE, Failed, one_by_one
+from serve.flows.bulk import FILES_AT_ONCE, Failed, one_by_one, work_part
 from serve.flows.context import Context, new_op
 from serve.items import Claim, Item, ItemState, ItemView, Job, Settlement, StoredFile
 from serve.job_ports import Files, Jobs
@@ -52,7 +52,10 @@ class FinishWork:
 
     async def _finished(self, claim: Claim, item: Item) -> Settlement:
         """Raises NotFound (a segment), StoreUnavailable."""
-        job = claim.jobs[item.job]
+        with work_part(claim, [item]):
+            return await self._written(claim.jobs[item.job], item)
+
+    async def _written(self, job: Job, item: Item) -> Settlement:
         files = {
             "output": await self._kept(job, "output", self._answers(job)),
             "error": await self._kept(job, "error", self._errors(job)),

@@ -10,6 +10,7 @@ from functools import partial
 from itertools import accumulate
 from typing import Any
 
+from serve.admission.metering import OPERATION
 from serve.content.blobs import LocalBlobs
 from serve.content.documents import Document
 from serve.errors import ServiceError
@@ -24,6 +25,7 @@ from serve.flows.bulk import (
     payer,
     rows_of,
     work_of,
+    work_part,
 )
 from serve.flows.context import Context, Timing, new_op
 from serve.flows.embed import Cut, Embedded, EmbedFlow, cut, named, size_of
@@ -90,6 +92,10 @@ class RequestWork:
         return await by_job(items, partial(self._one_job, claim), self._failed)
 
     async def _one_job(self, claim: Claim, items: Sequence[Item]) -> list[Settlement]:
+        with work_part(claim, items):
+            return await self._worked(claim, items)
+
+    async def _worked(self, claim: Claim, items: Sequence[Item]) -> list[Settlement]:
         job = claim.jobs[items[0].job]
         caller = payer(claim.payers[job.id], self._settings.admission.tiers)
         target = Target(job, caller, claim.collections.get(job.collection))
@@ -141,8 +147,14 @@ class RequestWork:
         """Charge for a group until its answers are kept: what fails by our fault is given back."""
         if target.collection is not None:
             await self._lander.hold(sender_of(target.job))
-        tokens = sum(line.tokens for line in group)
-        charged = self._quotas.admitted(target.caller, target.job.klass, tokens=tokens, requests=0)
+        OPERATION.set(f"job_{target.job.kind}")  # of this group's task
+        charged = self._quotas.admitted(
+            target.caller,
+            target.job.klass,
+            tokens=sum(line.tokens for line in group),
+            requests=0,
+            model=group[0].served.model.id,
+        )
         async with charged as permit:
             fates = await self._embedded(target, group)
             if target.collection is not None:

@@ -15,7 +15,7 @@ from serve.errors import NotFound
 from serve.flows.batch_file import BatchSheet
 from serve.flows.batch_finish import FinishWork
 from serve.flows.batch_requests import RequestWork
-from serve.flows.bulk import FILES_AT_ONCE, Failed, one_by_one
+from serve.flows.bulk import FILES_AT_ONCE, Failed, one_by_one, work_part
 from serve.flows.context import Context
 from serve.flows.document_file import DocumentSheet, items_of, parts
 from serve.flows.embed import EmbedFlow
@@ -77,6 +77,10 @@ class ExpandWork:
 
     async def _expanded(self, claim: Claim, item: Item) -> Settlement:
         """Raises NotFound, StoreUnavailable."""
+        with work_part(claim, [item]):
+            return await self._items_of(claim, item)
+
+    async def _items_of(self, claim: Claim, item: Item) -> Settlement:
         job = claim.jobs[item.job]
         collection = claim.collections.get(job.collection)
         sheet: Sheet

@@ -10,13 +10,14 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass
 from typing import TypeVar
 
+from serve import tracing
 from serve.admission.limits import caller_of
 from serve.allowance import Tier
 from serve.config import Ingress, Limits
 from serve.errors import Conflict, QuotaExceeded, ServiceError
 from serve.flows.embed import Work
 from serve.flows.models import Served
-from serve.items import Item, Job, Settlement
+from serve.items import Claim, Item, Job, Settlement
 from serve.records import Caller, Collection, EmbedReply, Key, Klass, TokenIds, Vector
 
 
@@ -78,6 +79,15 @@ def work_of(limits: Limits, caller: Caller, job: Job, request_id: str) -> Work:
     """For the embedder: how long others may make it wait depends on the class."""
     waits_s = {"bulk": limits.bulk_deadline_s, "interactive": limits.interactive_deadline_s}
     return Work(caller, request_id, job.klass, waits_s[job.klass], None, job.priority)
+
+
+def work_part(claim: Claim, items: Sequence[Item]) -> tracing.Part:
+    """Work at items of one job, in the trace in which that was made."""
+    job = claim.jobs[items[0].job]
+    carrier = job.spec.get(tracing.KEPT, "")
+    return tracing.part(
+        "headrace.work", carrier, job=job.id, stage=items[0].stage, items=len(items)
+    )
 
 
 # --- side by side ----------------------------------------------------------------------------

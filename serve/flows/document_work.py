@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from serve import tracing
+from serve.admission.metering import OPERATION
 from serve.content.documents import Document
 from serve.errors import BadInput, ServiceError
 from serve.flows.attempts import tried
@@ -25,6 +25,7 @@ from serve.flows.bulk import (
     payer,
     rows_of,
     work_of,
+    work_part,
 )
 from serve.flows.context import Context
 from serve.flows.embed import EmbedFlow
@@ -96,7 +97,7 @@ class DocumentWork:
         return [*over, *await by_job(rest, act, self._failed)]
 
     async def _written(self, claim: Claim, items: Sequence[Item]) -> list[Settlement]:
-        with _part(claim, items):
+        with work_part(claim, items):
             return await self._worked(claim, items)
 
     async def _worked(self, claim: Claim, items: Sequence[Item]) -> list[Settlement]:
@@ -164,9 +165,14 @@ class DocumentWork:
     async def _charged(self, target: Target, group: Sequence[Cut]) -> list[Settlement]:
         """Charge for a group until it has landed: what fails by our fault is given back."""
         await self._lander.hold(sender_of(target.job))
-        tokens = sum(cut.tokens for cut in group)
+        OPERATION.set(f"job_{target.job.kind}")  # of this group's task
         charged = self._quotas.admitted(
-            target.caller, target.job.klass, tokens=tokens, requests=0, param="documents"
+            target.caller,
+            target.job.klass,
+            tokens=sum(cut.tokens for cut in group),
+            requests=0,
+            param="documents",
+            model=target.served.model.id,
         )
         async with charged as permit:
             landfall = await self._landed(target, group)
@@ -217,7 +223,7 @@ class DocumentWork:
         job = claim.jobs[items[0].job]
         collection = claim.collections[job.collection]
         landings = [Landing(item, (), job.created_at) for item in items]
-        with _part(claim, items):
+        with work_part(claim, items):
             await self._lander.hold(sender_of(job))
             landfall = await tried(lambda: self._lander.land(sender_of(job), collection, landings))
         return [
@@ -231,15 +237,6 @@ class DocumentWork:
             )
             for item in items
         ]
-
-
-def _part(claim: Claim, items: Sequence[Item]) -> tracing.Part:
-    """Of the trace in which their job was made."""
-    job = claim.jobs[items[0].job]
-    carrier = job.spec.get(tracing.KEPT, "")
-    return tracing.part(
-        "headrace.work", carrier, job=job.id, stage=items[0].stage, items=len(items)
-    )
 
 
 def _document(item: Item) -> Document:

@@ -120,7 +120,7 @@ class EmbedFlow:
         size = size_of(served, request)
         deadline_s = self._settings.limits.interactive_deadline_s
         work = Work(caller, request_id, "interactive", deadline_s, until)
-        admitted = partial(self._quotas.admitted, caller, "interactive")
+        admitted = partial(self._quotas.admitted, caller, "interactive", model=served.model.id)
         async with within(until, self._clock), admitted(tokens=0):  # tokenising is work, too
             began = self._clock()
             with tracing.part("headrace.tokenise"):

@@ -93,14 +93,25 @@ class Lander:
         outcomes: list[Outcome] = []
         waiting = iter(writes)
         while part := list(islice(waiting, self._items_max)):
-            with tracing.part("headrace.offer", writes=len(part)):
-                if trace := tracing.carrier():
-                    part = [replace(one, trace=trace) for one in part]
-                some = await self._upserter.offer(sender, collection.uuid, part, self._deadline_s)
+            some = await offered(self._upserter, sender, collection, part, self._deadline_s)
             if any(outcome.word == "released" for outcome in some):
                 raise IndexUnavailable("The index did not take it in time.", retry_after_s=1)
             outcomes += some
         return outcomes
+
+
+async def offered(
+    upserter: Upserter,
+    sender: Sender,
+    collection: Collection,
+    writes: Sequence[Write],
+    deadline_s: float,
+) -> Sequence[Outcome]:
+    """Offer them with the span in which that is done, to which their flush will link."""
+    with tracing.part("headrace.offer", writes=len(writes)):
+        if trace := tracing.carrier():
+            writes = [replace(one, trace=trace) for one in writes]
+        return await upserter.offer(sender, collection.uuid, writes, deadline_s)
 
 
 def sender_of(job: Job) -> Sender:

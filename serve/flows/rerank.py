@@ -80,7 +80,8 @@ class RerankFlow:
                 param="documents",
             )
         work = Work(caller, request_id, "interactive", limits.interactive_deadline_s, until)
-        admitted = self._quotas.admitted(caller, "interactive", tokens=0)
+        model = served.model.id
+        admitted = self._quotas.admitted(caller, "interactive", tokens=0, model=model)
         async with within(until, self._clock), admitted:  # tokenising is work, too
             return await self.score(work, served, request)
 
@@ -109,7 +110,9 @@ class RerankFlow:
                 param=request.param.partition("[")[0],
                 code="max_tokens_per_request",
             )
-        admitted = self._quotas.admitted(work.caller, work.klass, tokens=tokens, requests=0)
+        admitted = self._quotas.admitted(
+            work.caller, work.klass, tokens=tokens, requests=0, model=served.model.id
+        )
         async with admitted:
             reply = await self._embed.run(work, served, ids)
             if reply.failures:  # inside: a fault of ours is refunded

@@ -207,7 +207,12 @@ class SearchFlow:
         tokenise_ms = (self._clock() - began) * 1e3
         tokens = len(ids[0])
         async with self._quotas.admitted(
-            work.caller, work.klass, tokens=tokens, requests=0, param="text"
+            work.caller,
+            work.klass,
+            tokens=tokens,
+            requests=0,
+            param="text",
+            model=served.model.id,
         ):
             reply = await self._embed.run(work, served, ids)
             if reply.failures:

@@ -20,6 +20,7 @@ from serve.flows.collections import CollectionFlow
 from serve.flows.context import Context, left, within
 from serve.flows.ingest import MORE, Chosen, IngestFlow, Taken, Terms
 from serve.flows.items import delete_item
+from serve.flows.lander import offered
 from serve.flows.landing import chunk_id
 from serve.flows.raw_receipts import RawReceipt
 from serve.flows.room import check
@@ -285,7 +286,7 @@ class VectorFlow:
         waits_s = self._limits.bulk_deadline_s
         if until is not None:
             waits_s = min(waits_s, left(until, self._clock))
-        outcomes = await self._upserter.offer(sender, collection.uuid, records, waits_s)
+        outcomes = await offered(self._upserter, sender, collection, records, waits_s)
         if all(outcome.word == "released" for outcome in outcomes):
             raise _released()
         return outcomes

@@ -9,6 +9,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from serve import tracing
+from tests.api.lines import ended, line, submit
 
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -71,6 +72,39 @@ async def test_documents_are_followed_to_the_flush(spans, client):
     assert set(linked(found["headrace.flush"])) == set(offers)
     assert linked(found["headrace.batch"])
     assert mine(found["headrace.queue"])
+
+
+async def test_raw_vectors_are_followed_to_the_flush(spans, client):
+    await client.post("/v1/collections", json={"name": "books"})
+    spans.clear()
+    body = {"vectors": [{"id": name, "vector": [1.0] * 16} for name in "ab"]}
+    reply = await client.post("/v1/collections/books/vectors", json=body, headers=HEADERS)
+    assert reply.status_code == 200
+    found = by_name(spans)
+    (request,) = mine(found["headrace.request"])
+    (offer,) = mine(found["headrace.offer"])
+    assert offer.parent.span_id == request.context.span_id
+    assert offer.attributes["headrace.writes"] == 2
+    assert linked(found["headrace.flush"]) == [offer.context.span_id]
+
+
+async def test_a_batch_is_followed_from_its_making_to_its_output(spans, whole, client):
+    await client.post("/v1/collections", json={"name": "books"})
+    ai = await whole.openai()
+    spans.clear()
+    batch = await submit(
+        ai, line("a"), line("b"), extra_body={"collection": "books"}, extra_headers=HEADERS
+    )
+    assert (await ended(whole, ai, batch)).status == "completed"
+    found = by_name(spans)
+    (request,) = mine(found["headrace.request"])
+    works = mine(found["headrace.work"])
+    assert {span.parent.span_id for span in works} == {request.context.span_id}
+    assert len(works) == 3  # the file is read, its lines embedded, the output written
+    (offer,) = mine(found["headrace.offer"])
+    assert offer.parent.span_id in {span.context.span_id for span in works}
+    assert linked(found["headrace.flush"]) == [offer.context.span_id]
+    assert linked(found["headrace.batch"])
 
 
 async def test_without_a_traceparent_a_trace_begins_here(spans, client):

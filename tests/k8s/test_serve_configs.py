@@ -61,10 +61,22 @@ def test_the_application_has_every_deployment_that_is_named(name):
 
 
 @each
-def test_the_ingress_scales_within_what_settings_say_and_one_a_pod(name):
+def test_deployments_scale_by_our_policies_where_they_scale(name):
+    """Serve's own `autoscaling_config` would take the place of ours, and explain nothing."""
     (application,) = CONFIGS[name]["applications"]
-    (ingress,) = (one for one in deployments_of(CONFIGS[name]) if one.name == "ingress")
-    assert ingress.replicas_min < ingress.replicas_max == application["args"]["ingress"]["replicas"]
+    settings = Settings.model_validate(application["args"])
+    for options in application["deployments"]:
+        assert not {"autoscaling_config", "num_replicas"} & set(options)
+    for one in deployments_of(CONFIGS[name]):
+        rule = settings.deployments[one.name].autoscaling
+        assert (rule is None) == (name == "dev")
+        bounds = (1, 1) if rule is None else (rule.min, rule.max)
+        assert (one.replicas_min, one.replicas_max) == bounds
+
+
+@each
+def test_a_pod_has_one_ingress_replica(name):
+    (application,) = CONFIGS[name]["applications"]
     (options,) = (one for one in application["deployments"] if one["name"] == "ingress")
     assert options["max_replicas_per_node"] == 1
 
