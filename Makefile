@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 # A program under bench/ has a main guard; the modules it shares with others have none.
 BENCHES = $(basename $(notdir $(shell grep -ls '__main__' bench/*.py)))
 
-.PHONY: setup serve test test-ray test-postgres test-chaos e2e check fmt fmt-check lint types imports bench docs manifests lock clean help
+.PHONY: setup serve test test-ray test-nodes test-postgres test-chaos e2e check fmt fmt-check lint types imports bench docs manifests lock clean help
 
 setup: $(INSTALLED)  ## Make .venv with every pinned dependency (instant when nothing changed)
 
@@ -39,10 +39,14 @@ test: setup  ## All tests: the quick tiers, then the short ray and e2e tiers
 	@$(BIN)/pytest -q -rs -n 3
 	@echo "test: ray, e2e"
 	@$(BIN)/pytest -q -rs -p no:randomly -m "ray or e2e"
-	@echo "test: not here but in 'make check': test-postgres, test-chaos"
+	@echo "test: not here but in 'make check': test-nodes, test-postgres, test-chaos"
 
 test-ray: setup  ## Only the tests that need a Ray cluster
 	@$(BIN)/pytest -q -rs -m ray
+
+test-nodes: setup  ## Ray's autoscaler adds fake nodes for what waits, and takes them away (a minute)
+	@echo "test: nodes"
+	@$(BIN)/pytest -q -rs -m nodes
 
 e2e: setup  ## Only the tests that start the whole service
 	@$(BIN)/pytest -q -rs -m e2e
@@ -55,7 +59,7 @@ test-chaos: setup  ## A job while its processes are killed (CHAOS_KILLS=50 CHAOS
 	@echo "test: chaos"
 	@$(BIN)/pytest -q -rs -p no:randomly -m chaos
 
-check: lint fmt-check types imports test test-postgres test-chaos bench  ## Everything that must hold before a merge
+check: lint fmt-check types imports test test-nodes test-postgres test-chaos bench  ## Everything that must hold before a merge
 
 fmt: setup  ## Format the code and apply safe fixes
 	@$(BIN)/ruff check -q --fix .

@@ -31,6 +31,7 @@ from serve.errors import (
     LedgerUnavailable,
     ModelUnavailable,
     Overloaded,
+    ServiceError,
 )
 from serve.freshness import Lag
 from serve.grants import Draw, Grant, Return
@@ -138,25 +139,34 @@ class EmbedderPort(Embedder):
         self._handle = handle
         self._tokens_per_s_min = tokens_per_s_min
         self._conduits = Conduits(self._addresses, ray.get_runtime_context().get_node_id())
+        self._asleep = False
+        """No replica runs, as far as was seen."""
 
     async def run(self) -> None:
         """Follow the replicas until cancelled."""
         await self._conduits.run()
 
     async def embed(self, call: EmbedCall) -> EmbedReply:
-        """See Embedder. Bounded by the call's deadline and its work at the slowest pace."""
+        """See Embedder. Bounded by the call's deadline and its work at the slowest pace.
+
+        A call for which no replica came has not been tried: that is Overloaded.
+        """
         expires = time.monotonic() + call.deadline_s + sum(call.tokens) / self._tokens_per_s_min
         for last in (False, True):
             try:
                 async with asyncio.timeout(expires - time.monotonic()):
                     return await self._once(call)
             except TimeoutError:
-                message = "The model did not answer before the deadline."
-                raise DeadlineExceeded(message, retry_after_s=2) from None
+                raise self._late() from None
             except (ConduitLost, RayActorError):
                 if last:
                     break
         raise ModelUnavailable("The model's replica died twice.", retry_after_s=5)
+
+    def _late(self) -> ServiceError:
+        if self._asleep:
+            return Overloaded("No replica of the model's pool has started yet.", retry_after_s=5)
+        return DeadlineExceeded("The model did not answer before the deadline.", retry_after_s=2)
 
     async def _once(self, call: EmbedCall) -> EmbedReply:
         while carries(call) and (conduit := self._conduits.best()):
@@ -192,7 +202,9 @@ class EmbedderPort(Embedder):
                 timeout_s=ADDRESSES_S_MAX, return_exceptions=True
             )
         except (RayError, RequestCancelledError, DeploymentUnavailableError) as error:
+            self._asleep = isinstance(error, DeploymentUnavailableError)
             raise ModelUnavailable(f"The replicas cannot be asked: {error}") from None
+        self._asleep = not told
         return [one for one in told if not isinstance(one, BaseException)]
 
     async def ready(self) -> bool:

@@ -47,5 +47,5 @@ def rng() -> random.Random:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Ray speaks over the machine's own address; the other tiers reach 127.0.0.1 only."""
     for item in items:
-        if any(item.get_closest_marker(name) for name in ("ray", "e2e", "chaos")):
+        if any(item.get_closest_marker(name) for name in ("ray", "nodes", "e2e", "chaos")):
             item.add_marker(pytest.mark.enable_socket)

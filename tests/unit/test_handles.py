@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from ray.exceptions import ActorDiedError
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments import handles
 from deployments.conduit import ConduitLost, ReplicaLeaves
 from deployments.handles import PRESSURE_KEPT_S, EmbedderPort, UpserterPort
 from serve.config import Settings
-from serve.errors import DeadlineExceeded, IndexUnavailable, ModelUnavailable
+from serve.errors import DeadlineExceeded, IndexUnavailable, ModelUnavailable, Overloaded
 from serve.pressure import Pressure
 from serve.records import EmbedCall, EmbedReply, Input
 
@@ -124,6 +125,30 @@ async def test_when_all_leave_the_handle_knows_who_comes(port):
 async def test_both_tries_together_are_bounded_by_the_deadline(port):
     conduits = Conduits(Conduit(ConduitLost()), Conduit(asyncio.Event()))
     one, _ = port(conduits)
+    with pytest.raises(DeadlineExceeded):
+        await one.embed(call(deadline_s=0.01))
+
+
+async def test_a_call_for_which_no_replica_came_was_not_tried(port):
+    """Items of jobs go back untried then, however long a node takes to come."""
+    one, _ = port(Conduits())
+    replicas = []
+
+    async def told(**_):
+        if not replicas:
+            raise DeploymentUnavailableError("embedder-default")
+        return replicas
+
+    one._handle = SimpleNamespace(
+        embed=SimpleNamespace(remote=lambda _: asyncio.ensure_future(asyncio.Event().wait())),
+        broadcast=lambda _: SimpleNamespace(results_async=told),
+    )
+    with pytest.raises(ModelUnavailable):
+        await one._addresses()
+    with pytest.raises(Overloaded):
+        await one.embed(call(deadline_s=0.01))
+    replicas.append(None)
+    assert await one._addresses() == [None]
     with pytest.raises(DeadlineExceeded):
         await one.embed(call(deadline_s=0.01))
 
