@@ -63,7 +63,9 @@ def decision(options: argparse.Namespace) -> Part:
 
     plan = step.Plan(steps=options.steps)
     if options.smoke:
-        plan = step.Plan(1, 2, drain_s=1, up_s=0.5, down_s=1, ms_per_batch=60, ms_per_token=0.1)
+        short = {"steps": 1, "kinds": ("queued",), "part": 3.0, "warm": 8, "most": 2, "drain_s": 4}
+        quick = {"up_s": 0.5, "down_s": 1, "ms_per_batch": 60, "ms_per_token": 0.1}
+        plan = step.Plan(**{**short, **quick})
     pool = step.pool_of(plan)
 
     def measure(place: "Place") -> dict[str, Any]:
@@ -74,8 +76,7 @@ def decision(options: argparse.Namespace) -> Part:
         return {
             "decision_s": {kind: one["decided"] for kind, one in events.items()},
             "all_run_s": {kind: one["all_run"] for kind, one in events.items()},
-            "drained_s": kinds["stored"]["drained_s"],
-            "drained_over_aimed": kinds["stored"]["drained_over_aimed"],
+            **{name: kinds.get("stored", {}).get(name) for name in step.DRAINED},
             "decision": {**asdict(plan), **shape, "kinds": kinds},
         }
 

@@ -5,7 +5,6 @@ or the service's conduits (`conduits`), which choose the one with least to do.
 """
 
 import asyncio
-import contextlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -209,8 +208,7 @@ async def measure(plan: Plan, pools: Sequence[Pool]) -> Taken:
     crowds = [(way, pool) for pool in pools for way in WAYS]
     for number in range(plan.rounds):
         for way, pool in crowds if number % 2 == 0 else crowds[::-1]:
-            with contextlib.suppress(asyncio.CancelledError):
-                taken[way][pool.replicas].append(await Crowd(pool, way, plan).play())
+            taken[way][pool.replicas].append(await Crowd(pool, way, plan).play())
         print(f"efficiency: round {number + 1} done", file=sys.stderr, flush=True)
     return taken
 

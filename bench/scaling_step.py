@@ -34,22 +34,29 @@ TOKENS, OVERHEAD = 256, 32
 """Of a document, and what its fixed work counts for (`batch.item_overhead_tokens`)."""
 TOGETHER = 2
 """Documents of a batch."""
-NEARLY = 0.95
-"""Of what the most replicas drain in the time that is aimed at: the step."""
-WARM = 24
-"""Documents before the first step, by which the pool learns its pace."""
+IN_A_CALL = 16
+"""Documents of a call of a `queued` step: few calls, since each costs the handle ms of CPU."""
 LOOK_S = 0.25
 STEP_S_MAX = 600.0
 ORDER = ("known", "decided", "code_began", "ready", "all_run", "done", "falls", "least")
+DRAINED = ("drained_s", "drained_over_aimed", "speedup")
+"""Of a step that is followed to its end."""
 CALLS_MAX = 64
 """Calls of a worker under way: some for each of ten replicas, while others' vectors land."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The rule, the device, and how often."""
+    """The rule, the device, and how often.
+
+    A step is `part` of what the most replicas drain in the time that is aimed at. By `warm` documents
+    before the first one the pool learns its pace.
+    """
 
     steps: int = 2
+    kinds: tuple[Kind, ...] = KINDS
+    part: float = 0.95
+    warm: int = 24
     most: int = 10
     drain_s: float = 20.0
     up_s: float = 2.0
@@ -66,7 +73,7 @@ class Plan:
     def documents(self) -> int:
         """Of a step."""
         pace = TOGETHER / self.batch_s
-        return max(int(NEARLY * self.most * self.drain_s * pace), 1)
+        return max(int(self.part * self.most * self.drain_s * pace), 1)
 
     @property
     def alone_s(self) -> float:
@@ -185,8 +192,7 @@ class Steps:
     async def prepare(self) -> None:
         """A collection, and a pool that knows its pace."""
         await self._post("/v1/collections", {"name": "bench", "model": self._pool.models[0].id})
-        if self._plan.most > 2:
-            await self._ended(await self._submit("warm", WARM))
+        await self._ended(await self._submit("warm", self._plan.warm))
 
     async def take(self, kind: Kind, number: int) -> Step:
         """One step, from the least replicas back to them."""
@@ -219,11 +225,11 @@ class Steps:
 
     async def _queued(self, watch: Watch) -> Step:
         port = EmbedderPort(self._handle, tokens_per_s_min=500)
-        ids = tuple(Input(ids=np.ones(TOKENS, np.int32)) for _ in range(TOGETHER))
+        ids = tuple(Input(ids=np.ones(TOKENS, np.int32)) for _ in range(IN_A_CALL))
         step = Step(time.monotonic())
         calls = [
             asyncio.create_task(port.embed(self._call(n, ids)))
-            for n in range(self._plan.documents // TOGETHER)
+            for n in range(max(self._plan.documents // IN_A_CALL, 1))
         ]
         try:
             await self._all_run(watch, step)
@@ -295,7 +301,7 @@ async def measure(place: Place, pool: Pool, plan: Plan) -> dict[Kind, list[Step]
     """Steps of both kinds by turns."""
     steps = Steps(place, pool, plan)
     await steps.prepare()
-    taken: dict[Kind, list[Step]] = {kind: [] for kind in KINDS}
+    taken: dict[Kind, list[Step]] = {kind: [] for kind in plan.kinds}
     for number in range(plan.steps):
         for kind, found in taken.items():
             found.append(await steps.take(kind, number))
@@ -390,11 +396,7 @@ def summary(taken: Mapping[Kind, Sequence[Step]], plan: Plan) -> dict[str, Any]:
         found[kind] = {
             "events_s": {name: spread([one["events_s"][name] for one in each]) for name in names},
             "in_order": all(one["in_order"] for one in each),
-            **{
-                name: spread([one[name] for one in each])
-                for name in ("drained_s", "drained_over_aimed", "speedup")
-                if name in each[0]
-            },
+            **{name: spread([one[name] for one in each]) for name in DRAINED if name in each[0]},
             "steps": each,
         }
     return found
