@@ -41,7 +41,7 @@ def efficiency(options: argparse.Namespace) -> Part:
 
     plan = load.Plan(rounds=options.rounds)
     if options.smoke:
-        plan = load.Plan((1, 2), rounds=1, warm_s=0.3, seconds=1.2, ms_per_batch=60)
+        plan = load.Plan((2,), rounds=1, warm_s=0.3, seconds=1, ms_per_batch=60)
     pools = load.pools_of(plan)
 
     def measure(_: "Place") -> dict[str, Any]:
@@ -64,7 +64,7 @@ def decision(options: argparse.Namespace) -> Part:
     plan = step.Plan(steps=options.steps)
     if options.smoke:
         short = {"steps": 1, "kinds": ("queued",), "part": 3.0, "warm": 8, "most": 2, "drain_s": 4}
-        quick = {"up_s": 0.5, "down_s": 1, "ms_per_batch": 60, "ms_per_token": 0.1}
+        quick = {"up_s": 0, "down_s": 1, "ms_per_batch": 60, "ms_per_token": 0.1}
         plan = step.Plan(**{**short, **quick})
     pool = step.pool_of(plan)
 

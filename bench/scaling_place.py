@@ -5,14 +5,16 @@ embedder with a stopwatch: when it was started, and what each hand-out was.
 """
 
 import asyncio
+import logging
 import os
 import shutil
 import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from deployments.local import operators
 from serve import config
 from serve.config import Settings
 from serve.flows.batching import Batcher
+from serve.flows.operators import MadeKey
 from serve.flows.pending import Slice
 
 
@@ -114,6 +117,7 @@ class Place:
 @contextmanager
 def cluster(replicas: int) -> Iterator[int]:
     """A Ray cluster of this process with room for so many replicas; the port that Serve listens on."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     temp = tempfile.mkdtemp(prefix="hr-")  # Ray's sockets lie below it: short
     port = servers.free_port()
     try:
@@ -128,8 +132,9 @@ def cluster(replicas: int) -> Iterator[int]:
         ray.serve.start(http_options={"host": "127.0.0.1", "port": port})
         yield port
     finally:
-        if ray.is_initialized():
-            ray.serve.shutdown()
+        with redirect_stdout(StringIO()):  # Ray reports each actor that leaves as it was told to
+            if ray.is_initialized():
+                ray.serve.shutdown()
             ray.shutdown()
         shutil.rmtree(temp, ignore_errors=True)
 
@@ -151,15 +156,17 @@ def deployed(port: int, pools: Sequence[config.Pool], **changes: Any) -> Iterato
             ray.serve.run(compose(settings, embedders), name=APPLICATION, route_prefix="/")
             url = f"http://127.0.0.1:{port}"
             _wait_ready(f"{url}{servers.READY}")
-            made = asyncio.run(
-                operators(settings).create_key("bench", tenant="bench", tier="bench")
-            )
+            made = asyncio.run(_make_key(settings))
             yield Place(settings, url, made.secret)
         finally:
             ray.serve.delete(APPLICATION)
             for role in (UPSERTER, STORE, LEDGER):
                 for name in living(role):
                     retire(name, settings.actors.drain_s)
+
+
+async def _make_key(settings: Settings) -> MadeKey:
+    return await operators(settings).create_key("bench", tenant="bench", tier="bench")
 
 
 def _wait_ready(url: str) -> None:
