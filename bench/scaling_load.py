@@ -26,8 +26,10 @@ WAYS: tuple[Way, ...] = get_args(Way)
 TENANTS = 8
 INPUTS, TOKENS = 16, 64
 """Of a call: half a batch."""
-CALLS = 6
-"""Closed loops for each replica: three batches, of which one is at the device."""
+CALLS = 12
+"""Closed loops for each replica: six batches. The fair queue mixes tenants in a batch, so that calls end in
+groups; with half as many the queue is empty now and then, and the next batch not full.
+"""
 BATCH_TOKENS = 2 * INPUTS * TOKENS
 DEADLINE_S = 600.0
 QUIET_S = 0.1

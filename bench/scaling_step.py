@@ -11,7 +11,7 @@ import json
 import sys
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -316,25 +316,27 @@ def described(step: Step, plan: Plan, epoch: float) -> dict[str, Any]:
     """
     told = [one for one in step.decisions if one.at - epoch >= step.arrived]
     most = max(one.wanted for one in step.seen)
+    ran = max(one.running for one in step.seen)
     new = sorted((one for one in step.starts.values() if one.began > step.arrived), key=_ready)
+    after = [one for one in step.seen if one.at > step.done]
     at = {
-        "known": next(one.at - epoch for one in told if _work(one) > 0),
-        "decided": next(one.at for one in step.seen if one.wanted > 1),
-        "most_decided": next(one.at for one in step.seen if one.wanted == most),
-        "code_began": min(one.began for one in new),
-        "ready": new[0].ready,
-        "last_ready": new[-1].ready,
-        "all_run": next(one.at for one in step.seen if one.running == most),
+        "known": _first("known", (one.at - epoch for one in told if _work(one) > 0)),
+        "decided": _first("decided", (one.at for one in step.seen if one.wanted > 1)),
+        "most_decided": _first("decided", (one.at for one in step.seen if one.wanted == most)),
+        "code_began": _first("begun", sorted(one.began for one in new)),
+        "ready": _first("ready", (one.ready for one in new)),
+        "last_ready": _first("ready", (one.ready for one in new[::-1])),
+        "all_run": _first("run", (one.at for one in step.seen if one.running == ran)),
         "done": step.done,
-        "falls": next(one.at for one in step.seen if one.at > step.done and one.wanted < most),
-        "least": next(one.at for one in step.seen if one.at > step.done and one.running == 1),
+        "falls": _first("fallen", (one.at for one in after if one.wanted < most)),
+        "least": _first("fallen", (one.at for one in after if one.running == 1)),
     }
     events = {name: moment - step.arrived for name, moment in at.items()}
     moments = [events[name] for name in ORDER]
     return {
         "events_s": events,
         "in_order": moments == sorted(moments),
-        "most": most,
+        "most": {"wanted": most, "running": ran},
         "start_s": spread([one.ready - at["decided"] for one in new]),
         "warm_up_s": spread([one.ready - one.began for one in new]),
         "replicas": _changes(step),
@@ -342,6 +344,13 @@ def described(step: Step, plan: Plan, epoch: float) -> dict[str, Any]:
         "cores": dict(step.cores),
         **_drained(step, plan, at),
     }
+
+
+def _first(word: str, moments: Iterable[float]) -> float:
+    found = next(iter(moments), None)
+    if found is None:
+        raise RuntimeError(f"a step was never {word}")
+    return found
 
 
 def _ready(one: Start) -> float:
