@@ -59,6 +59,7 @@ def efficiency(options: argparse.Namespace) -> Part:
 
 def decision(options: argparse.Namespace) -> Part:
     """A pool that grows and shrinks."""
+    from bench import scaling_events as events  # noqa: PLC0415
     from bench import scaling_step as step  # noqa: PLC0415
 
     plan = step.Plan(steps=options.steps)
@@ -69,14 +70,14 @@ def decision(options: argparse.Namespace) -> Part:
     pool = step.pool_of(plan)
 
     def measure(place: "Place") -> dict[str, Any]:
-        kinds = step.summary(asyncio.run(step.measure(place, pool, plan)), plan)
-        print(step.shown(kinds))
-        events = {kind: one["events_s"] for kind, one in kinds.items()}
+        kinds = events.summary(asyncio.run(step.measure(place, pool, plan)), plan)
+        print(events.shown(kinds))
+        when = {kind: one["events_s"] for kind, one in kinds.items()}
         shape = {"documents": plan.documents, "tokens": step.TOKENS, "alone_s": plan.alone_s}
         return {
-            "decision_s": {kind: one["decided"] for kind, one in events.items()},
-            "all_run_s": {kind: one["all_run"] for kind, one in events.items()},
-            **{name: kinds.get("stored", {}).get(name) for name in step.DRAINED},
+            "decision_s": {kind: one["decided"] for kind, one in when.items()},
+            "all_run_s": {kind: one["all_run"] for kind, one in when.items()},
+            **{name: kinds.get("stored", {}).get(name) for name in events.DRAINED},
             "decision": {**asdict(plan), **shape, "kinds": kinds},
         }
 

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 
+from bench.scaling_events import described
 from bench.scaling_load import Plan, Turn, pace_of, summary
 from bench.scaling_place import HandOut, Start
 from bench.scaling_step import Plan as StepPlan
-from bench.scaling_step import Seen, Step, described
+from bench.scaling_step import Seen, Step
 from serve.scaling import Decision
 
 
