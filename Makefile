@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 # A program under bench/ has a main guard; the modules it shares with others have none.
 BENCHES = $(basename $(notdir $(shell grep -ls '__main__' bench/*.py)))
 
-.PHONY: setup serve test test-ray test-nodes test-postgres test-chaos e2e check fmt fmt-check lint types imports bench docs manifests lock clean help
+.PHONY: setup serve test test-services test-ray test-nodes test-postgres test-chaos e2e check fmt fmt-check lint types imports bench docs manifests lock clean help
 
 setup: $(INSTALLED)  ## Make .venv with every pinned dependency (instant when nothing changed)
 
@@ -34,12 +34,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 serve: setup  ## Start the service on 127.0.0.1:8000 (PROFILE=name picks a profile)
 	@$(BIN)/headrace serve $(if $(PROFILE),--profile $(PROFILE))
 
-test: setup  ## All tests: the quick tiers, then the short ray and e2e tiers
+test: setup  ## The quick tests: unit, property, contract, api (under five minutes)
 	@echo "test: unit, property, contract, api"
 	@$(BIN)/pytest -q -rs -n 3
+	@echo "test: not here but in 'make check': test-services, test-nodes, test-postgres, test-chaos"
+
+test-services: setup  ## The tests that start a Ray cluster or the whole service
 	@echo "test: ray, e2e"
 	@$(BIN)/pytest -q -rs -p no:randomly -m "ray or e2e"
-	@echo "test: not here but in 'make check': test-nodes, test-postgres, test-chaos"
 
 test-ray: setup  ## Only the tests that need a Ray cluster
 	@$(BIN)/pytest -q -rs -m ray
@@ -59,7 +61,7 @@ test-chaos: setup  ## A job while its processes are killed (CHAOS_KILLS=50 CHAOS
 	@echo "test: chaos"
 	@$(BIN)/pytest -q -rs -p no:randomly -m chaos
 
-check: lint fmt-check types imports test test-nodes test-postgres test-chaos bench  ## Everything that must hold before a merge
+check: lint fmt-check types imports test test-services test-nodes test-postgres test-chaos bench  ## Everything that must hold before a merge
 
 fmt: setup  ## Format the code and apply safe fixes
 	@$(BIN)/ruff check -q --fix .
