@@ -45,7 +45,7 @@ class Canary(Section):
         ge=0,
         le=1,
         description="With `same_vectors`: one pair of vectors of the same input below it stops the canary. "
-        "Floating point of two widths keeps 0.999; int8 needs about 0.97.",
+        "Floating point of any width keeps 0.999; what is below is another vector space.",
     )
     fallback_max: float = Field(
         0.2,
@@ -122,7 +122,15 @@ def check(
             message = f"{place}: there are no tiers {sorted(unknown)}"
             raise ValueError(message)
         stable, candidate = models[canary.model], models[canary.to]
-        cut = stable.matryoshka and not candidate.matryoshka
-        if canary.same_vectors and (stable.dimensions != candidate.dimensions or cut):
-            message = f"{place}: same_vectors needs equal `dimensions`, and `matryoshka` if the stable one has it"
+        if canary.same_vectors and not _may_be_the_same(stable, candidate):
+            message = (
+                f"{place}: same_vectors needs equal `dimensions`, `matryoshka` if the stable one has it, and int8 of "
+                "both or of neither"
+            )
             raise ValueError(message)
+
+
+def _may_be_the_same(stable: Model, candidate: Model) -> bool:
+    cut = stable.matryoshka and not candidate.matryoshka
+    coarse = (stable.precision == "int8") != (candidate.precision == "int8")
+    return stable.dimensions == candidate.dimensions and not cut and not coarse

@@ -225,7 +225,7 @@ class Trial:
         least = min(cosines, default=1.0)
         if self.canary.same_vectors and least < self.canary.cosine_min:
             self.stop(
-                f"The cosine of {what} is {least:.4f}, below cosine_min {self.canary.cosine_min:g}."
+                f"The cosine of {what} is {least:.5f}, below cosine_min {self.canary.cosine_min:g}."
             )
 
     # --- where it stands --------------------------------------------------------------------

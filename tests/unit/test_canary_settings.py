@@ -7,10 +7,13 @@ from serve.config import Canary, Model, Pool, Settings
 
 
 def model(name, **fields):
-    return Model(id=name, engine="fake", tokens_max=64, **{"dimensions": 8, **fields})
+    return Model(id=name, **{"engine": "fake", "tokens_max": 64, "dimensions": 8, **fields})
 
 
+ONNX = {"engine": "onnx", "source": "folder", "sha256": "0" * 64}
 MODELS = (
+    model("exact", **ONNX),
+    model("coarse", precision="int8", **ONNX),
     model("old"),
     model("new"),
     model("long", dimensions=16),
@@ -47,6 +50,7 @@ def test_a_shadow_may_be_of_any_model_and_a_share_of_the_same_vectors():
         ([canary(share=0.6, shadow=0.5, same_vectors=True)], "at most 1 together"),
         ([canary(to="long", same_vectors=True)], "equal `dimensions`"),
         ([canary(model="cut", same_vectors=True)], "`matryoshka`"),
+        ([canary(model="exact", to="coarse", same_vectors=True)], "int8 of both or of neither"),
         ([canary(tiers=["gold"])], r"there are no tiers \['gold'\]"),
         ([canary(except_tiers=["gold"])], r"there are no tiers \['gold'\]"),
         ([canary(), canary(to="long")], "a model has one canary"),

@@ -21,7 +21,7 @@ from serve.records import Caller, EmbedReply
 
 ANN = Caller("ann", "free", 1.0, "k")
 SAME = np.eye(2, 4, dtype=np.float32)
-NEAR = np.array([[1, 0, 0, 0], [0.1, np.sqrt(0.99), 0, 0]], np.float32)
+NEAR = np.array([[1, 0, 0, 0], [np.sqrt(1 - 0.995**2), 0.995, 0, 0]], np.float32)
 """A cosine of 1, and one of 0.995."""
 
 
@@ -118,7 +118,7 @@ def test_other_vectors_stop_it_before_it_answered_anything():
     one = trial(share=1.0, cosine_min=0.999)
     one.checked(SAME, NEAR)
     assert one.state == "stopped"
-    assert one.reason == "The cosine of a text of the check is 0.9950, below cosine_min 0.999."
+    assert one.reason == "The cosine of a text of the check is 0.99500, below cosine_min 0.999."
     assert one.course(ANN, ids(3)) is None
     assert not one.due(1e9)
 
@@ -232,7 +232,7 @@ def test_a_pair_below_the_bound_stops_it_and_what_waits_is_let_go():
     one.offer(shadow(3, 3), 100)
     one.compared(shadow(3, 3), EmbedReply(NEAR, infer_ms=3.0))
     assert one.state == "stopped"
-    assert one.reason.startswith("The cosine of an input that was repeated is 0.9950")
+    assert one.reason.startswith("The cosine of an input that was repeated is 0.99500")
     assert one.begin() is None
     distances = one.figures.distances
     assert distances.count == 2
