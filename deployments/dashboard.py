@@ -196,6 +196,32 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         ),
     ),
     (
+        "Canaries",
+        (
+            Panel(
+                "Answered, fallen back",
+                "reqps",
+                (
+                    (_rate("canary_requests", "model, arm"), "{{model}} {{arm}}"),
+                    (_rate("canary_fallbacks", "model"), "{{model}} fallbacks"),
+                    (_rate("canary_shadows", "model, shadow"), "{{model}} repeated: {{shadow}}"),
+                ),
+            ),
+            Panel(
+                "At the model, p95",
+                "s",
+                ((_quantile(0.95, "canary_infer_seconds", "model, arm"), "{{model}} {{arm}}"),),
+                "Of requests that were computed in full, those that were repeated included.",
+            ),
+            Panel(
+                "Cosine of both vectors, p01",
+                "short",
+                ((_quantile(0.01, "canary_cosine", "model"), "{{model}}"),),
+                "Within the buckets of its histogram: GET /v1/admin/canaries is more exact.",
+            ),
+        ),
+    ),
+    (
         "Jobs",
         (
             Panel("Items", "short", (("max by (state) (ray_headrace_items)", "{{state}}"),)),

@@ -24,6 +24,7 @@ from deployments.conduit import ConduitLost, Conduits, ReplicaLeaves
 from deployments.frames import carries
 from deployments.named import Named, caused
 from deployments.outlet import Address
+from serve.canary import CanaryReport, CanaryReports, Trials
 from serve.config import Settings
 from serve.errors import (
     DeadlineExceeded,
@@ -99,7 +100,7 @@ class UpserterPort(Upserter):
         return cast("Lag", await self._named.ask("lag", namespaces, timeout_s=LAG_S_MAX))
 
 
-class LedgerPort(Ledger, Queues, Decisions):
+class LedgerPort(Ledger, Queues, Decisions, Trials):
     """The Ledger over its actor: quick to say that it is away, since its callers can go on."""
 
     def __init__(self, settings: Settings) -> None:
@@ -126,6 +127,16 @@ class LedgerPort(Ledger, Queues, Decisions):
     async def decisions(self) -> Sequence[Decision]:
         """See Decisions."""
         return cast("Sequence[Decision]", await self._ask("decisions"))
+
+    async def report_canaries(
+        self, replica: str, reports: Sequence[CanaryReport]
+    ) -> Mapping[str, str]:
+        """See Trials."""
+        return cast("Mapping[str, str]", await self._ask("report_canaries", replica, reports))
+
+    async def canary_reports(self) -> CanaryReports:
+        """See Trials."""
+        return cast("CanaryReports", await self._ask("canary_reports"))
 
 
 class EmbedderPort(Embedder):

@@ -27,6 +27,7 @@ from serve.config import Settings
 from serve.content.blobs import LocalBlobs
 from serve.errors import IndexUnavailable, ServiceError
 from serve.flows.batch import BatchFlow
+from serve.flows.canaries import Canaries
 from serve.flows.collections import CollectionFlow
 from serve.flows.context import Context
 from serve.flows.embed import EmbedFlow
@@ -39,7 +40,7 @@ from serve.flows.jobs import JobFlow
 from serve.flows.models import Models
 from serve.flows.operators import OperatorFlow
 from serve.flows.queues import QueueFlow
-from serve.flows.readings import of_answers, of_quotas, of_reuse
+from serve.flows.readings import of_answers, of_canaries, of_quotas, of_reuse
 from serve.flows.receipts import ReceiptFlow
 from serve.flows.rerank import RerankFlow
 from serve.flows.room import away_s
@@ -102,8 +103,10 @@ class Ingress:
                     lambda: of_answers(self.service.context.answers),
                     lambda: of_quotas(self._quotas),
                     lambda: of_reuse(self.service.embed.reuse),
+                    lambda: of_canaries(self.service.canaries.tally, self.service.canaries.stopped),
                 )
             ),
+            asyncio.create_task(self.service.canaries.run()),
             *(asyncio.create_task(one.run()) for one in self._embedders.values()),
             asyncio.create_task(self._warm(index)),
         ]
@@ -119,8 +122,9 @@ class Ingress:
         )
 
     def _wire(self, settings: Settings, index: Index) -> Service:
-        context = self._context(settings)
-        embed = EmbedFlow(context, kept_bytes_max=settings.cache.bytes_max)
+        context, queues = self._context(settings), LedgerPort(settings)
+        canaries = Canaries(context, queues, get_replica_context().replica_tag)
+        embed = EmbedFlow(context, kept_bytes_max=settings.cache.bytes_max, canaries=canaries)
         rerank = RerankFlow(context, embed)
         collections = CollectionFlow(context, self._store, self._upserter)
         ingest = IngestFlow(context, collections, self._store, self._feed, self._probes)
@@ -134,7 +138,6 @@ class Ingress:
             ingest=ingest,
             probes=self._probes,
         )
-        queues = LedgerPort(settings)
         blobs = LocalBlobs(Path(settings.data_dir) / settings.files.folder)
         files = FileFlow(context, self._store, blobs)
         return Service(
@@ -159,6 +162,7 @@ class Ingress:
             ),
             UsageFlow(context, self._store, queues),
             ScalingFlow(settings, queues),
+            canaries,
             JobFlow(context, collections, self._store, self._store, queues=queues, files=files),
             self._feed,
             Streams(settings),

@@ -6,7 +6,7 @@ Its memory is a cache: after a kill the replicas' own accounts (`Line.hint`) fil
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import ray
@@ -14,7 +14,9 @@ import ray
 from deployments.actors import State, leave, watch
 from deployments.observed import observe
 from serve.admission.bank import BankLedger
+from serve.canary import CanaryReport, CanaryReports
 from serve.config import Settings
+from serve.flows.trial_reports import TrialReports
 from serve.grants import Draw, Grant, Return
 from serve.records import QueuePlace, QueueReport
 from serve.scaling import Decision
@@ -85,6 +87,7 @@ class LedgerActor:
             wall=time.time,
         )
         self._decisions: OrderedDict[str, Decision] = OrderedDict()
+        self._trials = TrialReports(time.monotonic)
         self._reports = Reports(LAPSE_REPORTS * settings.ledger.queue_report_s, time.monotonic)
         self._watch = asyncio.create_task(
             watch(self._state, self.retire, grace_s=settings.actors.orphan_grace_s)
@@ -121,6 +124,16 @@ class LedgerActor:
     async def decisions(self) -> Sequence[Decision]:
         """See `serve.ports.Decisions`."""
         return tuple(self._decisions.values())
+
+    async def report_canaries(
+        self, replica: str, reports: Sequence[CanaryReport]
+    ) -> Mapping[str, str]:
+        """See `serve.canary.Trials`."""
+        return self._trials.keep(replica, reports)
+
+    async def canary_reports(self) -> CanaryReports:
+        """See `serve.canary.Trials`."""
+        return self._trials.all()
 
     async def retire(self) -> None:
         """End for good: there is nothing to be saved."""

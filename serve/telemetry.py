@@ -25,6 +25,7 @@ NONE = "none"
 """The value of a label where there is none."""
 
 LABELS: Mapping[str, tuple[str, ...] | str] = {
+    "arm": ("stable", "candidate"),
     "class": (*KLASSES, NONE),
     "limit": (
         *(f"{scope}_{limit}" for scope in _SCOPES for limit in _LIMITS),
@@ -33,6 +34,7 @@ LABELS: Mapping[str, tuple[str, ...] | str] = {
     "model": "the ids in `pools[].models`",
     "outcome": ("landed", "rejected", "superseded", "released"),
     "pool": "the names in `pools`",
+    "shadow": ("compared", "failed", "dropped", "skipped"),
     "state": (
         *("validating", "queued", "running", "finalizing", "cancelling"),
         *("waiting", "delayed", "leased", "done", "skipped", "dead", "cancelled"),
@@ -47,11 +49,12 @@ no bound to their number, and Prometheus keeps a series for each.
 """
 
 _BUCKETS: Mapping[str, tuple[float, ...]] = {
+    "cosine": (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 1.0),
     "step": (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0),
     "wait": (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
     "work": (0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0),
 }
-"""Of histograms, in seconds: of what takes a moment, of what a caller waits for, of what workers do."""
+"""Of histograms: cosines; and in seconds what takes a moment, what a caller waits for, what workers do."""
 
 _TABLE = """
 Ingress replicas: requests
@@ -73,6 +76,15 @@ Ingress replicas and workers: inputs that were embedded before
   counter  headrace_cache_shared  inputs  Of the misses, those that stood twice in a request or were just being computed.
   counter  headrace_cache_evicted  vectors  Vectors that made place for others: if it rises with the hits, raise `cache.bytes_max`.
   gauge    headrace_cache_bytes  bytes  Memory of the vectors that are kept.
+
+Ingress replicas: canaries, by the stable model
+  counter  headrace_canary_requests{model,arm}  requests  Requests to a model with a canary, by which of the two answered.
+  counter  headrace_canary_fallbacks{model}  requests  Requests that the candidate should have answered, and the stable model did.
+  counter  headrace_canary_shadows{model,shadow}  requests  Requests that were to be repeated on the candidate, by what became of that.
+  wait     headrace_canary_request_seconds{model,arm}  seconds  From a request's call of the embedder to its reply, where all of it was computed.
+  step     headrace_canary_infer_seconds{model,arm}  seconds  From the first batch with a part of a request to the end of the last; those that were repeated, too.
+  cosine   headrace_canary_cosine{model}  cosine  Cosine of the two vectors of an input that was repeated.
+  gauge    headrace_canary_stopped{model}  flag  1 while a canary of the model is stopped.
 
 Embedder replicas: the queue
   gauge    headrace_queue_inputs{pool,class,tier}  inputs  Inputs that wait, also for their model to be loaded.

@@ -11,7 +11,7 @@ import argparse
 import asyncio
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -25,12 +25,14 @@ from serve.admission.keys import Door
 from serve.admission.quotas import Quotas
 from serve.api.app import create_app
 from serve.api.service import Service
+from serve.canary import CanaryReport, CanaryReports
 from serve.config import Pool as PoolSettings
 from serve.config import Settings
 from serve.content.blobs import LocalBlobs
 from serve.embedding.pool import Pool
 from serve.flows.batch import BatchFlow
 from serve.flows.batching import Batcher
+from serve.flows.canaries import Canaries
 from serve.flows.collections import CollectionFlow
 from serve.flows.context import Context
 from serve.flows.document_work import DocumentWork
@@ -101,7 +103,7 @@ class InProcess:
 
 
 class Unreported:
-    """`ports.Queues` and `ports.Decisions` without a report."""
+    """`ports.Queues`, `ports.Decisions` and `canary.Trials` without a report."""
 
     async def queue_reports(self, _tenant: str) -> tuple[QueueReport, ...]:
         """See `serve.ports.Queues`."""
@@ -110,6 +112,16 @@ class Unreported:
     async def decisions(self) -> tuple[Decision, ...]:
         """See `serve.ports.Decisions`."""
         return ()
+
+    async def report_canaries(
+        self, _replica: str, _reports: Sequence[CanaryReport]
+    ) -> Mapping[str, str]:
+        """See `serve.canary.Trials`."""
+        return {}
+
+    async def canary_reports(self) -> CanaryReports:
+        """See `serve.canary.Trials`."""
+        return CanaryReports((), {})
 
 
 class Ceiling:
@@ -158,7 +170,8 @@ class Ceiling:
     def _wire(self, settings: Settings, store: StoreOwner) -> Service:
         """As `deployments.ingress` does it on a replica."""
         context = self._context(settings)
-        embed = EmbedFlow(context, kept_bytes_max=settings.cache.bytes_max)
+        canaries = Canaries(context, Unreported(), "one")
+        embed = EmbedFlow(context, kept_bytes_max=settings.cache.bytes_max, canaries=canaries)
         rerank = RerankFlow(context, embed)
         collections = CollectionFlow(context, store, self._upserter)
         ingest = IngestFlow(context, collections, store, self._feed, self._probes)
@@ -196,6 +209,7 @@ class Ceiling:
             ),
             UsageFlow(context, store, Unreported()),
             ScalingFlow(settings, Unreported()),
+            canaries,
             JobFlow(context, collections, store, store, queues=Unreported(), files=files),
             self._feed,
             Streams(settings),

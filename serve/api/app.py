@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from serve.api import (
     admin,
     batches,
+    canaries,
     collections,
     documents,
     embeddings,
@@ -56,6 +57,7 @@ FREE = (
     models.router,
     usage.router,
     admin.router,
+    canaries.router,
     jobs.free,
     receipts.router,
     files.free,

@@ -67,4 +67,7 @@ async def embeddings(ask: Asked) -> Response:
 
 def _headers(done: Embedded) -> dict[str, str]:
     counts = {"x-truncated-inputs": len(done.cuts), "x-cached-inputs": done.cached}
-    return {name: str(count) for name, count in counts.items() if count}
+    headers = {name: str(count) for name, count in counts.items() if count}
+    if done.arm is not None:
+        headers |= {"x-canary": done.arm, "x-model-revision": done.revision}
+    return headers

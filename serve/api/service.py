@@ -15,6 +15,7 @@ from serve.admission.keys import Door, parse, require_admin
 from serve.api.wire import refuse_nul
 from serve.errors import BadInput
 from serve.flows.batch import BatchFlow
+from serve.flows.canaries import Canaries
 from serve.flows.collections import CollectionFlow
 from serve.flows.context import Context, Timing
 from serve.flows.embed import EmbedFlow
@@ -56,6 +57,7 @@ class Service:
     erasure: EraseFlow
     usage: UsageFlow
     scalings: ScalingFlow
+    canaries: Canaries
     jobs: JobFlow
     feed: Feed
     streams: Streams
@@ -115,6 +117,7 @@ class Order:
     operators: OperatorFlow
     erasure: EraseFlow
     scalings: ScalingFlow
+    canaries: Canaries
     by: str
 
 
@@ -137,7 +140,14 @@ async def order(ask: Annotated[Ask, Depends(ask)]) -> Order:
     require_admin(ask.who)
     key_id, _ = parse(ask.request.headers.get("authorization"))
     found = ask.service
-    return Order(ask.request, found.operators, found.erasure, found.scalings, f"key:{key_id}")
+    return Order(
+        ask.request,
+        found.operators,
+        found.erasure,
+        found.scalings,
+        found.canaries,
+        f"key:{key_id}",
+    )
 
 
 Served = Annotated[Service, Depends(service)]

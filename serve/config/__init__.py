@@ -11,7 +11,9 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
+from serve.config import canaries as canary_rules
 from serve.config.admission import Admission, Ledger, Limits
+from serve.config.canaries import Canary
 from serve.config.egress import Egress, Webhooks
 from serve.config.embedding import (
     Batch,
@@ -38,6 +40,7 @@ __all__ = [
     "Batch",
     "Buffer",
     "Cache",
+    "Canary",
     "Chunking",
     "Egress",
     "Files",
@@ -77,6 +80,9 @@ class Settings(Section):
     pools: tuple[Pool, ...] = Field(
         default_factory=default_pools, min_length=1, max_length=16, description="Models."
     )
+    canaries: tuple[Canary, ...] = Field(
+        (), max_length=16, description="Models that are tried in the place of others."
+    )
     ingress: Ingress = Field(default=Ingress(), description="The HTTP door.")
     cache: Cache = Field(default=Cache(), description="What is not computed twice.")
     chunking: Chunking = Field(default=Chunking(), description="How documents are cut.")
@@ -113,6 +119,11 @@ class Settings(Section):
         if all(model.kind == "reranker" for model in self.models.values()):
             message = "at least one model must be of kind `embedding`"
             raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
+    def _canaries_fit(self) -> Self:
+        canary_rules.check(self.canaries, self.models, self.admission.tiers)
         return self
 
     @model_validator(mode="after")

@@ -64,6 +64,11 @@ class Tokenizer:
         except Exception as error:  # the Rust library raises nothing narrower
             raise ModelUnavailable(f"Model {model.id}: tokenizer.json is not valid.") from error
 
+    @property
+    def made_of(self) -> str:
+        """All that decides which ids a text gets, as JSON; 700 kB for a vocabulary of 30,000."""
+        return self._inner.to_str()
+
     def encode(self, texts: Sequence[str]) -> list[TokenIds]:
         """Token ids of each text with the special tokens, never truncated.
 

@@ -2,15 +2,17 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
 import numpy as np
 
 from serve import tracing
+from serve.canary import Arm
 from serve.embedding.quantise import BITS, Dtype
 from serve.errors import BadInput, PoisonInput, ServiceError
+from serve.flows.canaries import Answer, Canaries, Question
 from serve.flows.context import Context, Timing, left, within
 from serve.flows.models import Served
 from serve.flows.reuse import Rank, Reuse
@@ -53,7 +55,8 @@ class Cut:
 class Embedded:
     """Unit vectors, float32 (inputs, dimensions); `tokens` is what was used and is paid for.
 
-    `cached` inputs needed no model.
+    `cached` inputs needed no model. `revision` is of the model that answered, and `arm` says which of a canary's
+    two that was, if there is one.
     """
 
     vectors: Vector
@@ -61,6 +64,8 @@ class Embedded:
     timing: Timing
     cuts: tuple[Cut, ...] = ()
     cached: int = 0
+    revision: str = ""
+    arm: Arm | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +93,14 @@ class EmbedFlow:
     """Embeds texts and token ids; the other flows embed through it as well.
 
     `reuse` holds what need not be computed again, at most `kept_bytes_max` of it; it is None where the
-    settings say that every input is computed.
+    settings say that every input is computed. `canaries` have a say in `embed` only: what is searched for or
+    lands in a collection is of the collection's model.
     """
 
-    def __init__(self, context: Context, *, kept_bytes_max: int = 0) -> None:
+    def __init__(
+        self, context: Context, *, kept_bytes_max: int = 0, canaries: Canaries | None = None
+    ) -> None:
+        self._canaries = canaries
         self._settings = context.settings
         self._models = context.models
         self._quotas = context.quotas
@@ -128,12 +137,34 @@ class EmbedFlow:
             tokenise_ms = (self._clock() - began) * 1e3
             tokens = sum(len(row) for row in ids)
             async with admitted(tokens=tokens, requests=0):
-                reply = await self.run(work, served, ids)
+                answer = await self._answer(work, served, request, ids)
+                reply = answer.reply
                 if reply.failures:  # inside: a fault of ours is refunded
                     index, failure = reply.failures[0]
                     raise named(failure, request.param.format(index))
         timing = Timing(tokenise_ms, reply.queue_ms, reply.infer_ms)
-        return Embedded(cut(reply.vectors, size), tokens, timing, cuts, reply.cached)
+        return Embedded(
+            cut(reply.vectors, size),
+            tokens,
+            timing,
+            cuts,
+            reply.cached,
+            answer.by.revision,
+            answer.arm,
+        )
+
+    async def _answer(
+        self, work: Work, served: Served, request: EmbedRequest, ids: Sequence[TokenIds]
+    ) -> Answer:
+        """By the model that was asked for, or by a canary of it."""
+        if self._canaries is None:
+            return Answer(await self.run(work, served, ids), served)
+
+        async def ask(by: Served, until: float | None) -> EmbedReply:
+            return await self.run(replace(work, until=until), by, ids)
+
+        question = Question(work.caller, work.request_id, request.texts, ids, work.until)
+        return await self._canaries.answer(served, question, ask)
 
     async def tokenise(
         self, served: Served, request: EmbedRequest

@@ -12,6 +12,7 @@ from serve.embedding.holdings import Holdings
 from serve.flows.answers import Answers
 from serve.flows.pending import Tally
 from serve.flows.reuse import Reuse
+from serve.flows.trial import Tally as Tried
 from serve.flows.turns import Rank, Waiting
 from serve.index.lags import Lags
 from serve.items import JOB_ENDS, JobState
@@ -83,6 +84,21 @@ def of_reuse(reuse: Reuse | None) -> Iterator[Reading]:
     yield Reading("headrace_cache_shared", reuse.tally.shared)
     yield Reading("headrace_cache_evicted", reuse.cache.evicted)
     yield Reading("headrace_cache_bytes", reuse.cache.size_bytes)
+
+
+def of_canaries(tally: Tried, stopped: Mapping[str, bool]) -> Iterator[Reading]:
+    """What an ingress replica has compared, by the id of the stable model."""
+    for (model, arm), count in tally.requests.items():
+        yield Reading("headrace_canary_requests", count, (model, arm))
+    for model, count in tally.fallbacks.items():
+        yield Reading("headrace_canary_fallbacks", count, (model,))
+    for (model, end), count in tally.shadows.items():
+        yield Reading("headrace_canary_shadows", count, (model, end))
+    yield from tally.took.read("headrace_canary_request_seconds")
+    yield from tally.infer.read("headrace_canary_infer_seconds")
+    yield from tally.cosines.read("headrace_canary_cosine")
+    for model, has in stopped.items():
+        yield Reading("headrace_canary_stopped", has, (model,))
 
 
 def of_queue(waiting: Mapping[Rank, Waiting], pool: str, tiers: Iterable[str]) -> Iterator[Reading]:

@@ -5,12 +5,13 @@ Every reply that passes through a client of these fixtures is compared with our 
 
 import asyncio
 import json
+import pickle
 import random
 import re
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from serve.admission.quotas import Quotas
 from serve.allowance import Quota, Tier
 from serve.api.app import create_app
 from serve.api.service import Service
+from serve.canary import CanaryReport, CanaryReports
 from serve.config import Admission, Buffer, Cache, Chunking, Index, Jobs, Model, Settings
 from serve.config import Pool as PoolSettings
 from serve.content.blobs import LocalBlobs
@@ -42,6 +44,7 @@ from serve.embedding.tokenizer import Tokenizer
 from serve.flows.batch import BatchFlow
 from serve.flows.batch_work import batch_handlers
 from serve.flows.batching import Batcher
+from serve.flows.canaries import Canaries
 from serve.flows.collections import CollectionFlow
 from serve.flows.context import Context
 from serve.flows.document_work import DocumentWork
@@ -61,6 +64,7 @@ from serve.flows.room import LANDING, away_s
 from serve.flows.scalings import ScalingFlow
 from serve.flows.search import SearchFlow
 from serve.flows.streams import Streams
+from serve.flows.trial_reports import TrialReports
 from serve.flows.usage import UsageFlow
 from serve.flows.vectors import VectorFlow
 from serve.flows.webhooks import WebhookFlow
@@ -156,10 +160,21 @@ class LocalEmbedder:
 
 @dataclass
 class FakeQueues:
-    """Implements `ports.Queues` and `ports.Decisions`: what a test says that was told."""
+    """Implements `ports.Queues` and `ports.Decisions`: what a test says that was told. And `canary.Trials`:
+    what replicas told by themselves.
+    """
 
+    trials: TrialReports
     reports: Mapping[str, tuple[QueueReport, ...]] = field(default_factory=dict)
     decided: tuple[Decision, ...] = ()
+
+    async def report_canaries(
+        self, replica: str, reports: Sequence[CanaryReport]
+    ) -> Mapping[str, str]:
+        return self.trials.keep(replica, pickle.loads(pickle.dumps(reports)))  # noqa: S301  as Ray does
+
+    async def canary_reports(self) -> CanaryReports:
+        return self.trials.all()
 
     async def queue_reports(self, tenant: str) -> tuple[QueueReport, ...]:
         return self.reports.get(tenant, ())
@@ -389,13 +404,14 @@ class Builder:
             probes=probes,
             lags=lags,
             ledger=Sabotage(ledger),
-            queues=Sabotage(FakeQueues()),
+            queues=Sabotage(FakeQueues(TrialReports(self.clock))),
             blobs=LocalBlobs(self.folder / f"{self.made}.blobs"),
             vault=Vault(Vault.new_key()),
         )
         service = self.service(settings, ports)
         await self.background(service.context.quotas.run())
         await self.background(service.feed.run())
+        await self.background(service.canaries.run())
         keys = await make_keys(owner)
         whole = Whole(create_app(lambda: service), service, ports, self.clock, keys, self.stack)
         whole.worker = await whole.work("worker") if working else None
@@ -438,7 +454,8 @@ class Builder:
             self.clock,
             self.wall,
         )
-        embed = EmbedFlow(context, kept_bytes_max=settings.cache.bytes_max)
+        canaries = Canaries(context, ports.queues, replica)
+        embed = EmbedFlow(context, kept_bytes_max=settings.cache.bytes_max, canaries=canaries)
         rerank = RerankFlow(context, embed)
         collections = CollectionFlow(context, ports.store, ports.upserter)
         feed = Feed(ports.store, self.clock)
@@ -480,6 +497,7 @@ class Builder:
             ),
             UsageFlow(context, ports.store, ports.queues),
             ScalingFlow(settings, ports.queues),
+            canaries,
             JobFlow(
                 context, collections, ports.store, ports.store, queues=ports.queues, files=files
             ),

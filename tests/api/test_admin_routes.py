@@ -244,7 +244,7 @@ def operations(openapi):
 async def test_users_are_refused_before_anything_is_read(whole, admin, subtests):
     user, stranger = await whole.client("enterprise"), await whole.client(None)
     found = list(operations(whole.app.openapi()))
-    assert len(found) == 11
+    assert len(found) == 12
     for method, url in found:
         with subtests.test(method=method, url=url):
             answer = await user.request(method, url, content=b"no json")

@@ -25,8 +25,10 @@ RARE = {
     *("headrace_model_load_failures", "headrace_model_breaks", "headrace_model_evictions"),
     *("headrace_gpu_memory_bytes", "headrace_gpu_memory_total_bytes"),
     *("headrace_flushes_retried", "headrace_writer_faults"),
+    *("headrace_canary_requests", "headrace_canary_fallbacks", "headrace_canary_shadows"),
+    *("headrace_canary_request_seconds", "headrace_canary_infer_seconds", "headrace_canary_cosine"),
 }
-"""Counters of failures, which appear with the first one, and what only a GPU has."""
+"""Counters of failures, which appear with the first one, and what only a GPU or a canary has."""
 
 SERIES = re.compile(r"^(ray_\w+)\{([^}]*)\}", re.MULTILINE)
 LABEL = re.compile(r'(\w+)="')

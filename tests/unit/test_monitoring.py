@@ -192,6 +192,18 @@ CASES = (
         "15m",
         None,
     ),
+    Case(
+        "HeadraceCanaryStopped",
+        {'ray_headrace_canary_stopped{model="m", WorkerId="w"}': "0x2 1x20"},
+        "5m",
+        {"model": "m"},
+    ),
+    Case(
+        "HeadraceCanaryStopped",
+        {'ray_headrace_canary_stopped{model="m", WorkerId="w"}': "0x20"},
+        "5m",
+        None,
+    ),
     Case("HeadraceDeadLettersGrow", {'ray_headrace_items{state="dead"}': "5x60 20x30"}, "70m", {}),
     Case("HeadraceDeadLettersGrow", {'ray_headrace_items{state="dead"}': "50x90"}, "70m", None),
     Case(

@@ -6,6 +6,7 @@ from typing import get_args
 
 from serve.admission.limits import limits_of
 from serve.allowance import Allowance, Quota
+from serve.canary import ARMS, ShadowEnd
 from serve.items import ENDS, JobState, Settlement, Task
 from serve.records import KLASSES, OutcomeWord
 from serve.telemetry import LABELS, METRICS, SAMPLES_MAX, Reading, Samples
@@ -29,6 +30,13 @@ counter ray_headrace_cache_misses_total
 counter ray_headrace_cache_shared_total
 counter ray_headrace_cache_evicted_total
 gauge ray_headrace_cache_bytes
+counter ray_headrace_canary_requests_total model arm
+counter ray_headrace_canary_fallbacks_total model
+counter ray_headrace_canary_shadows_total model shadow
+histogram ray_headrace_canary_request_seconds model arm
+histogram ray_headrace_canary_infer_seconds model arm
+histogram ray_headrace_canary_cosine model
+gauge ray_headrace_canary_stopped model
 gauge ray_headrace_queue_inputs pool class tier
 gauge ray_headrace_queue_tokens pool class tier
 gauge ray_headrace_queue_oldest_seconds pool class tier
@@ -116,6 +124,8 @@ def test_the_values_of_labels_are_those_of_the_code():
     assert set(LABELS["task"]) == set(get_args(Task))
     assert set(LABELS["word"]) == set(get_args(Settlement.__annotations__["word"]))
     assert set(KLASSES) < set(LABELS["class"])
+    assert LABELS["arm"] == ARMS
+    assert LABELS["shadow"] == get_args(ShadowEnd)
     assert set(LABELS["state"]) <= {*get_args(JobState), *ENDS, "waiting", "delayed", "leased"}
     quota = Quota(
         requests_per_minute=1,
