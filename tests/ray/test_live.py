@@ -37,8 +37,8 @@ def deploy(whole, live: Mapping[str, Any] | None) -> None:
 def settled() -> bool:
     """Whether Serve has done what the file says."""
     application = ray.serve.status().applications["headrace"]
-    states = [one.status for one in application.deployments.values()]
-    return application.status == "RUNNING" and set(states) == {"HEALTHY"}
+    states = {one.status.value for one in application.deployments.values()}
+    return application.status.value == "RUNNING" and states == {"HEALTHY"}
 
 
 @pytest.fixture
@@ -49,8 +49,8 @@ def filed(whole):
     model = pool.models[0].model_copy(update={"fake_ms_per_token": 0.5})
     pools = (pool.model_copy(update={"models": (model,)}),)
     whole.settings = before.model_copy(update={"pools": pools})
-    deploy(whole, None)
     old = whole.replicas("ingress").keys()
+    deploy(whole, None)
     whole.until(lambda: not old & whole.replicas("ingress").keys(), timeout_s=90)
     whole.until(lambda: settled() and whole.ready(), timeout_s=90)
     yield whole
@@ -85,7 +85,7 @@ def test_live_settings_change_under_load_in_the_same_processes(filed):
     with filed.client() as client, filed.client() as asking, ThreadPoolExecutor(1) as threads:
         assert allowed(client) == {first}
         client.post("/v1/collections", json={"name": "kept"}).raise_for_status()
-        body = {"model": "fake", "input": [TEXT] * 200}
+        body = {"model": "fake", "input": [TEXT] * 400}
         headers = {"x-deadline-ms": "100000"}
         large = threads.submit(asking.post, "/v1/embeddings", json=body, headers=headers)
         items = [{"id": str(n), "text": TEXT} for n in range(30)]
@@ -108,7 +108,7 @@ def test_live_settings_change_under_load_in_the_same_processes(filed):
         began = filed.embedder_stats()
         reply = large.result(timeout=100)
         assert reply.status_code == httpx.codes.OK, reply.text
-        assert len(reply.json()["data"]) == 200
+        assert len(reply.json()["data"]) == 400
         where = f"/v1/jobs/{job.json()['id']}"
         filed.until(lambda: client.get(where).json()["state"] == "completed", timeout_s=90)
         done = client.get(f"{where}/items").json()["data"]
