@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ray.serve import Application, deployment
 
@@ -19,6 +20,16 @@ from deployments.vaults import open_vault
 from deployments.worker import Worker
 from serve import config
 from serve.config import Pool, Settings
+
+
+ROLLING: Mapping[str, Any] = {
+    # As many as there are to be serve all the while: a successor is ready before an old one leaves.
+    # Serve's own default lets the old one leave first, and with one replica there is nobody.
+    "max_surge_percent": 100,
+    # Not none: without a `user_config` in the file again, Serve would not say so to the replicas.
+    "user_config": {},
+}
+"""How each deployment changes: its version, and its live settings (docs/adr/0033)."""
 
 
 def build(args: Settings) -> Application:
@@ -46,6 +57,8 @@ def compose(args: Settings, embedders: Mapping[str, type]) -> Application:
         name=INGRESS_DEPLOYMENT,
         **replicas_of(settings.ingress, INGRESS_DEPLOYMENT, settings),
         max_ongoing_requests=settings.ingress.requests_max,
+        graceful_shutdown_timeout_s=settings.ingress.drain_s,
+        **ROLLING,
         ray_actor_options={"num_cpus": 0},
     )
     return ingress(Ingress).bind(settings, bound, workers)
@@ -62,6 +75,7 @@ def _worker(
         health_check_timeout_s=30,
         # Twice: what is given back at the end has to reach the Store.
         graceful_shutdown_timeout_s=2 * worker.drain_s,
+        **ROLLING,
         ray_actor_options={"num_cpus": 0},
     )
     return deployed(Worker).bind(worker, settings, embedders)
@@ -76,7 +90,8 @@ def _embedder(embedder: type, pool: Pool, settings: Settings) -> Application:
         health_check_period_s=2,
         health_check_timeout_s=30,
         # Twice: Serve first waits for the handles' calls, then the conduits' have `drain_s` to end.
-        graceful_shutdown_timeout_s=2 * settings.actors.drain_s,
+        graceful_shutdown_timeout_s=2 * pool.drain_s,
+        **ROLLING,
         ray_actor_options={"num_cpus": pool.cpus, "num_gpus": pool.gpus},
     )
     return deployed(embedder).bind(pool, settings)

@@ -137,6 +137,14 @@ def serve(
             click.echo("Stopping ...")
 
 
+@main.command()
+@CONFIG
+def check(config: Path) -> None:
+    """Say whether a deploy file is right, live settings (`user_config`) included."""
+    DeployFile.read(config)
+    click.echo(f"{config} is right.")
+
+
 def _demo_tiers(settings: Settings) -> list[str]:
     tiers = list(settings.admission.tiers)
     return [tier for tier in ("free", "premium", "enterprise") if tier in tiers] or tiers[:1]

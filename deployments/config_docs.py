@@ -28,7 +28,9 @@ not listed here is refused, with its path. No value but `data_dir`
 (`HEADRACE_DATA_DIR`) is read from the environment: where a secret is needed, the setting holds the name
 of an environment variable.
 
-`NAME` in a path is a name that you choose; `[]` is an element of a list.
+`NAME` in a path is a name that you choose; `[]` is an element of a list. What is marked *live* can also stand in
+a deployment's `user_config`, where a change holds without new replicas
+([operations.md](operations.md#settings-that-change-while-it-runs)).
 """
 
 HEADER = "| key | type | default | bounds | what it does |\n|---|---|---|---|---|\n"
@@ -67,10 +69,16 @@ def _sections(model: type[BaseModel], path: str, depth: int) -> Iterator[str]:
             child, suffix = inner
             child_path = f"{path}.{name}{suffix}".lstrip(".")
             bounds = _bounds(schemas[name])
-            yield f"\n{'#' * min(depth, 4)} `{child_path}`\n\n{info.description}"
+            yield f"\n{'#' * min(depth, 4)} `{child_path}`\n\n{_text(info)}"
             yield f" ({bounds})\n\n" if bounds else "\n\n"
             yield _default_block(info)
             yield from _sections(child, child_path, depth + 1)
+
+
+def _text(field: FieldInfo) -> str:
+    extra = field.json_schema_extra
+    live = isinstance(extra, Mapping) and extra.get("live")
+    return f"{field.description or ''}{' *Live.*' if live else ''}"
 
 
 def _nested(annotation: Any) -> tuple[type[BaseModel], str] | None:
@@ -112,7 +120,7 @@ def _row(name: str, field: FieldInfo, schema: Mapping[str, Any]) -> str:
     for option in schema.get("anyOf", ()):
         if option != {"type": "null"}:  # an optional value: null is the default "none"
             schema = option
-    cells = (f"`{name}`", _type(schema), _default(field), _bounds(schema), field.description or "")
+    cells = (f"`{name}`", _type(schema), _default(field), _bounds(schema), _text(field))
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 

@@ -3,17 +3,21 @@
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import ray
 from ray.serve import get_replica_context
 
 from deployments.handles import LedgerPort
+from deployments.live import Following
 from deployments.metrics import publish
 from deployments.observed import observe
 from deployments.outlet import LOOPBACK, Address, Outlet
 from serve import config
+from serve.allowance import Tier
+from serve.config.live import Live
 from serve.embedding.pool import Pool
 from serve.errors import ServiceError
 from serve.flows.batching import Batcher
@@ -34,7 +38,9 @@ class Embedder:
         # First: Serve calls `__del__` even when a model cannot be loaded.
         self._outlet = Outlet(self.embed, calls_max=pool.calls_max)
         observe("embedder", settings.logs)
-        self._drain_s = settings.actors.drain_s
+        self._following = Following(Live(settings))
+        self._name = pool.name
+        self._drain_s = pool.drain_s
         self._pool = Pool(pool, clock=time.monotonic)
         self._executor = ThreadPoolExecutor(self._pool.slots, "model")
         await asyncio.get_running_loop().run_in_executor(self._executor, self._pool.load)
@@ -52,12 +58,24 @@ class Embedder:
         self._reporting = asyncio.create_task(self._report(pool.name, settings))
         self._publishing = asyncio.create_task(
             publish(
-                lambda: of_queue(self._batcher.waiting(), pool.name, settings.admission.tiers),
+                lambda: of_queue(self._batcher.waiting(), pool.name, self._tiers),
                 lambda: of_batches(self._batcher.tally, pool.name),
                 lambda: of_models(self._pool.holdings),
                 lambda: of_gpu(self._pool.card_bytes(), pool.name),
+                self._following.readings,
             )
         )
+
+    @property
+    def _tiers(self) -> Mapping[str, Tier]:
+        return self._following.live.now.admission.tiers
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve calls this at the start and whenever the deploy file has another `user_config`."""
+        if self._following.follow(user_config):
+            pools = {pool.name: pool for pool in self._following.live.now.pools}
+            weights = {name: tier.weight for name, tier in self._tiers.items()}
+            self._batcher.adapt(pools[self._name].batch, weights)
 
     async def embed(self, call: EmbedCall) -> EmbedReply:
         """See `serve.ports.Embedder`."""
@@ -96,7 +114,11 @@ class Embedder:
             "queued_tokens": self._batcher.queued_tokens,
             "queued_items": self._batcher.queued_items,
         }
-        counts = {"reports_failed": self._reports_failed, "conduit_calls": self._outlet.calls}
+        counts = {
+            "reports_failed": self._reports_failed,
+            "conduit_calls": self._outlet.calls,
+            "settings_refused": bool(self._following.refused),
+        }
         return waiting | counts | self._batcher.tally.counts()
 
     def record_autoscaling_stats(self) -> dict[str, float]:

@@ -14,6 +14,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.handles import LedgerPort, UpserterPort, embedder_ports
 from deployments.indexes import make_index
+from deployments.live import Following
 from deployments.metrics import publish
 from deployments.observed import observe
 from deployments.quotas import open_quotas
@@ -94,12 +95,14 @@ class Ingress:
         index = make_index(settings)
         self._probes = Probes(index, settings.index.probe_s)
         self.service = self._wire(settings, index)
+        self._following = Following(self.service.context.live)
         self._tasks = [
             asyncio.create_task(self._quotas.run()),
             asyncio.create_task(self._feed.run()),
             asyncio.create_task(self._probes.run()),
             asyncio.create_task(
                 publish(
+                    self._following.readings,
                     lambda: of_answers(self.service.context.answers),
                     lambda: of_quotas(self._quotas),
                     lambda: of_reuse(self.service.embed.reuse),
@@ -178,6 +181,14 @@ class Ingress:
             await asyncio.sleep(READY_CACHE_S)
         with suppress(IndexUnavailable):  # a search will try again
             await index.open()
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve calls this at the start and whenever the deploy file has another `user_config`."""
+        if self._following.follow(user_config):
+            now = self._following.live.now
+            self.service.door.retier(now.admission.tiers)
+            self.service.operators.retier(now.admission.tiers)
+            self.service.canaries.update(now.canaries)
 
     async def check_health(self) -> None:
         """Serve replaces the replica when this raises."""

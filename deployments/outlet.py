@@ -4,6 +4,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hmac import compare_digest
 from typing import cast
@@ -27,6 +28,9 @@ log = logging.getLogger("headrace.outlet")
 
 LOOPBACK = "127.0.0.1"
 HELLO_S_MAX = 10.0
+FLUSH_S_MAX = 5.0
+"""For answers that the kernel has not taken yet, from callers that read slowly."""
+
 STRANGERS_MAX = 64
 """Connections that have not said the secret yet. Whoever knows it says it at once."""
 
@@ -54,6 +58,7 @@ class Outlet:
         self._tasks: set[asyncio.Task[None]] = set()
         self._strangers: dict[Peer, None] = {}  # the oldest first
         self._peers: set[Peer] = set()
+        self._hung_up = asyncio.Event()
         self._leaving = False
         self.calls = 0
 
@@ -75,6 +80,12 @@ class Outlet:
             task.cancel()
         for peer in (*self._peers, *self._strangers):
             peer.close()
+        # The process ends soon: what was answered last must have left it.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(FLUSH_S_MAX):
+                while self._peers:
+                    self._hung_up.clear()
+                    await self._hung_up.wait()
 
     def met(self, peer: "Peer") -> None:
         """A connection was made. Of too many strangers the oldest is cut off."""
@@ -93,6 +104,7 @@ class Outlet:
         """A connection is gone."""
         self._strangers.pop(peer, None)
         self._peers.discard(peer)
+        self._hung_up.set()
 
     def begin(self, peer: "Peer", frame: Frame) -> asyncio.Task[None] | None:
         """Work on a call, unless this replica is leaving. Raises Malformed."""

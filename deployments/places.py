@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from deployments import haproxy
 from serve.config import Settings
+from serve.config.live import fault, laid_over
 
 
 DATA_DIR = "HEADRACE_DATA_DIR"
@@ -84,11 +85,10 @@ class DeployFile:
             (application,) = raw["applications"]
             settings = Settings.model_validate(application.get("args") or {})
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise PlaceError(f"{path}: args.{place}: {first['msg']}") from None
+            raise PlaceError(f"{path}: args.{fault(error)}") from None
         except (TypeError, KeyError, ValueError, AttributeError):
             raise PlaceError(f"{path} must hold exactly one application") from None
+        _check_live(path, application, settings)
         http = raw.get("http_options") or {}
         if not isinstance(http, dict) or not isinstance(http.get("port", 8000), int):
             raise PlaceError(f"{path}: http_options.port must be a number")
@@ -125,6 +125,16 @@ class DeployFile:
     def data_dir(self, chosen: str | None) -> Path:
         """The folder of everything durable: `chosen`, the environment's, or the file's own."""
         return Path(chosen or os.environ.get(DATA_DIR) or self.settings.data_dir).resolve()
+
+
+def _check_live(path: Path, application: Mapping[str, Any], settings: Settings) -> None:
+    """Raises PlaceError for a `user_config` that replicas would refuse."""
+    for one in application.get("deployments") or ():
+        try:
+            laid_over(settings, one.get("user_config") or {})
+        except ValueError as error:
+            where = f"deployments[{one.get('name')}].user_config"
+            raise PlaceError(f"{path}: {where}.{fault(error)}") from None
 
 
 def check_port(host: str, port: int) -> None:

@@ -18,6 +18,7 @@ from ray.serve import get_replica_context
 from ray.serve.handle import DeploymentHandle
 
 from deployments.handles import UpserterPort, embedder_ports
+from deployments.live import Following
 from deployments.metrics import Source, publish
 from deployments.observed import observe
 from deployments.quotas import open_quotas
@@ -64,6 +65,7 @@ class Worker:
         rng = random.Random()  # noqa: S311  jitter, not a secret
         rules = settings.jobs
         retries = Retries(rules.retry_s, rules.retry_factor, rules.retry_s_max, rng)
+        self._following = Following(context.live)
         embed, upserter = EmbedFlow(context), UpserterPort(settings)
         blobs = LocalBlobs(Path(settings.data_dir) / settings.files.folder)
         documents = DocumentWork(context, embed, upserter, retries)
@@ -97,10 +99,15 @@ class Worker:
     def _sources(self, embed: EmbedFlow) -> tuple[Source, ...]:
         """What it tells of itself."""
         return (
+            self._following.readings,
             lambda: of_work(self._runner.done),
             lambda: of_quotas(self._quotas),
             lambda: of_reuse(embed.reuse),
         )
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve calls this at the start and whenever the deploy file has another `user_config`."""
+        self._following.follow(user_config)
 
     async def check_health(self) -> None:
         """Serve replaces the replica when this raises."""

@@ -43,6 +43,14 @@ class JsonLines(logging.Formatter):
         return orjson.dumps(told).decode()
 
 
+def relevel(level: str) -> None:
+    """Write our lines of this level and above from now on, where they are JSON."""
+    for name in LOGGERS:
+        logger = logging.getLogger(name)
+        if any(isinstance(handler.formatter, JsonLines) for handler in logger.handlers):
+            logger.setLevel(level)
+
+
 def begin(process: str, level: str) -> None:
     """Write our lines of this level and above as JSON to stderr; a second call changes nothing else."""
     handler = logging.StreamHandler()

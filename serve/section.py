@@ -3,6 +3,7 @@
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.config import JsonDict
 
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
@@ -10,6 +11,9 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 
 EnvName = Annotated[str, Field(pattern=r"^([A-Z][A-Z0-9_]{0,127})?$")]
 """Of an environment variable that holds a secret; empty: none."""
+
+LIVE: JsonDict = {"live": True}
+"""As the `json_schema_extra` of a field: it may change while replicas go on (`serve.config.live`)."""
 
 
 class Section(BaseModel):

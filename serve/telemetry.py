@@ -63,6 +63,9 @@ Ingress replicas: requests
   step     headrace_tokenise_seconds  seconds  Tokenising of a request, its wait for a thread included.
   step     headrace_encode_seconds  seconds  From a request's vectors to the first byte of its reply.
 
+Replicas: live settings
+  gauge    headrace_settings_refused  flag  1 while the last `user_config` was refused, and what held before it holds.
+
 Ingress replicas and workers: limits
   counter  headrace_quota_refused{limit}  requests  Requests refused, by the name of the limit.
   counter  headrace_quota_exchanges  exchanges  Exchanges that the Ledger (or Redis) answered.

@@ -156,6 +156,12 @@ class Door:
             found.caller = self._caller(key)
         return found.caller
 
+    def retier(self, tiers: Mapping[str, Tier]) -> None:
+        """From the next request on these hold, also for keys that were looked up before."""
+        self._tiers = tiers
+        for found in self._cache.values():
+            found.caller = None
+
     def _caller(self, key: Key) -> Caller:
         tier = self._tiers.get(key.tier)
         if tier is None:

@@ -30,7 +30,7 @@ from serve.config.jobs import Files, Jobs, Store
 from serve.config.processes import Actors, Ingress, Logs, UsageEvents, Worker
 from serve.config.scaling import Autoscaling, IngressScaling, PoolScaling, WorkerScaling
 from serve.config.search import Search
-from serve.section import Section
+from serve.section import LIVE, Section
 
 
 __all__ = [
@@ -81,7 +81,10 @@ class Settings(Section):
         default_factory=default_pools, min_length=1, max_length=16, description="Models."
     )
     canaries: tuple[Canary, ...] = Field(
-        (), max_length=16, description="Models that are tried in the place of others."
+        (),
+        max_length=16,
+        description="Models that are tried in the place of others.",
+        json_schema_extra=LIVE,
     )
     ingress: Ingress = Field(default=Ingress(), description="The HTTP door.")
     cache: Cache = Field(default=Cache(), description="What is not computed twice.")

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from serve.allowance import Quota, Tier
 from serve.records import Klass
-from serve.section import EnvName, Name, Section
+from serve.section import LIVE, EnvName, Name, Section
 
 
 class Limits(Section):
@@ -106,7 +106,11 @@ class Admission(Section):
     """Who may, how much, who is next."""
 
     tiers: dict[Name, Tier] = Field(
-        default_factory=_default_tiers, min_length=1, max_length=16, description="Tiers by name."
+        default_factory=_default_tiers,
+        min_length=1,
+        max_length=16,
+        description="Tiers by name.",
+        json_schema_extra=LIVE,
     )
     interactive_share: float = Field(
         9, gt=0, le=1000, description="Share of class `interactive` when both classes wait."

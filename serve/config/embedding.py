@@ -6,7 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from serve.config.scaling import PoolScaling
-from serve.section import Name, Section
+from serve.section import LIVE, Name, Section
 
 
 Precision = Literal["auto", "float32", "float16", "bfloat16", "int8"]
@@ -144,6 +144,7 @@ class Batch(Section):
         gt=0,
         le=60_000,
         description="Predicted model time that hand-outs come near to: a newcomer waits for the one in flight.",
+        json_schema_extra=LIVE,
     )
     tokens_min: int = Field(
         256, ge=8, le=10**6, description="A hand-out may always hold this many tokens."
@@ -153,19 +154,34 @@ class Batch(Section):
         ge=8,
         le=10**7,
         description="Padded tokens of one batch at most; fewer where the warm-up finds that as fast.",
+        json_schema_extra=LIVE,
     )
-    items_max: int = Field(64, ge=1, le=4096, description="Inputs of one batch.")
+    items_max: int = Field(
+        64, ge=1, le=4096, description="Inputs of one batch.", json_schema_extra=LIVE
+    )
     queue_tokens_max: int = Field(
-        2_000_000, ge=8, le=10**9, description="Tokens that may wait in one replica."
+        2_000_000,
+        ge=8,
+        le=10**9,
+        description="Tokens that may wait in one replica.",
+        json_schema_extra=LIVE,
     )
     queue_items_max: int = Field(
-        50_000, ge=1, le=10**7, description="Inputs that may wait in one replica."
+        50_000,
+        ge=1,
+        le=10**7,
+        description="Inputs that may wait in one replica.",
+        json_schema_extra=LIVE,
     )
     tenant_tokens_max: int = Field(
-        1_000_000, ge=8, le=10**9, description="Of them, tokens of one tenant."
+        1_000_000,
+        ge=8,
+        le=10**9,
+        description="Of them, tokens of one tenant.",
+        json_schema_extra=LIVE,
     )
     tenant_items_max: int = Field(
-        25_000, ge=1, le=10**7, description="Of them, inputs of one tenant."
+        25_000, ge=1, le=10**7, description="Of them, inputs of one tenant.", json_schema_extra=LIVE
     )
     item_overhead_tokens: int = Field(
         32, ge=0, le=4096, description="Tokens added to each input's cost for its fixed work."
@@ -208,6 +224,13 @@ class Pool(Section):
     gpus: float = Field(0, ge=0, le=16, description="GPUs of a replica; 0 runs on the CPU.")
     calls_max: int = Field(
         1024, ge=8, le=100_000, description="Calls a replica takes in at once (they wait inside)."
+    )
+    drain_s: float = Field(
+        120,
+        gt=0,
+        le=3600,
+        description="How long a replica that leaves may take for what waits in it; with nothing it goes at "
+        "once. What is cut off is asked of another.",
     )
     conduits: Literal["node", "network", "off"] = Field(
         "node",

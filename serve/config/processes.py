@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from serve.config.scaling import IngressScaling, WorkerScaling
-from serve.section import Name, Section
+from serve.section import LIVE, Name, Section
 
 
 class Ingress(Section):
@@ -49,6 +49,13 @@ class Ingress(Section):
         description="Slowest pace at which a call's own work may go before it counts as lost.",
     )
     tokenizer_threads: int = Field(2, ge=1, le=64, description="Threads that tokenise.")
+    drain_s: float = Field(
+        300,
+        gt=0,
+        le=3600,
+        description="How long a replica that leaves may take for its last requests; without any it goes at "
+        "once. As long as Serve's `request_timeout_s`.",
+    )
 
     @property
     def replicas_max(self) -> int:
@@ -97,7 +104,9 @@ class Logs(Section):
         description="`json`: an object a line, with the ids of request and trace where there are some.",
     )
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
-        "WARNING", description="The least that is written, as JSON."
+        "WARNING",
+        description="The least that is written, as JSON; the named actors keep that of their start.",
+        json_schema_extra=LIVE,
     )
 
 

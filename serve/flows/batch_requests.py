@@ -79,6 +79,7 @@ class RequestWork:
         retries: Retries,
     ) -> None:
         self._settings = context.settings
+        self._live = context.live
         self._models = context.models
         self._quotas = context.quotas
         self._threads = context.threads
@@ -97,7 +98,7 @@ class RequestWork:
 
     async def _worked(self, claim: Claim, items: Sequence[Item]) -> list[Settlement]:
         job = claim.jobs[items[0].job]
-        caller = payer(claim.payers[job.id], self._settings.admission.tiers)
+        caller = payer(claim.payers[job.id], self._live.now.admission.tiers)
         target = Target(job, caller, claim.collections.get(job.collection))
         lines, broken = await self._lines(target, items)
         done = await in_groups(

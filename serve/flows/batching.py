@@ -96,7 +96,7 @@ class Batcher:
                 costs=self._costs,
                 busy_s=self._busy_s(),
             )
-            pending = self._pending(call, own_s)
+            pending = Pending.of(call, own_s, self._clock())
         except BaseException:
             self._leave(call.model, used=may_run)
             raise
@@ -114,20 +114,6 @@ class Batcher:
         finally:
             self._calls.discard(pending)
             self._withdraw(pending)
-
-    def _pending(self, call: EmbedCall, own_s: float) -> Pending:
-        now = self._clock()
-        patience_s = call.deadline_s + 2 * own_s  # 2: its share may shrink while it works
-        if call.limit_s is not None:
-            patience_s = min(patience_s, call.limit_s)
-        return Pending(
-            call,
-            asyncio.get_running_loop().create_future(),
-            arrived=now,
-            expires=now + patience_s,
-            left=len(call.inputs),
-            unbegun=len(call.inputs),
-        )
 
     def _park(self, pending: Pending) -> None:
         """Its model has to be loaded, or to leave and come back."""
@@ -358,6 +344,18 @@ class Batcher:
     def _settle(self, member: Member, diff: float) -> None:
         call = member[0].call
         self._queue.settle(call.klass, call.tenant, diff)
+
+    # --- settings that change ---------------------------------------------------------------
+
+    def adapt(self, batch: Batch, weights: Mapping[str, float]) -> None:
+        """Keep to these bounds from the next call and the next hand-out on, and to the weights by tier
+        for what waits, too. Only live settings of `batch` may differ.
+        """
+        self._batch = batch
+        self._runner.adapt(batch)
+        for pending in self._calls:
+            pending.reweigh(weights)
+            self._queue.reweigh(pending.call.tenant, pending.call.weight)
 
     # --- what others ask ------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from serve.admission.quotas import Quotas
 from serve.config import Settings
+from serve.config.live import Live
 from serve.errors import DeadlineExceeded
 from serve.flows.answers import Answers
 from serve.flows.models import Models
@@ -19,6 +20,7 @@ class Context:
     """Settings, models and quotas, the threads that tokenise, and a monotonic clock.
 
     `wall` is seconds since the epoch, only for times that people read. `answers` counts the replies.
+    Whoever uses a live setting reads it anew from `live.now`, each time.
     """
 
     settings: Settings
@@ -28,6 +30,11 @@ class Context:
     clock: Callable[[], float]
     wall: Callable[[], float]
     answers: Answers = field(default_factory=Answers)
+    live: Live = field(init=False)
+
+    def __post_init__(self) -> None:
+        """The live settings begin as those at the start."""
+        object.__setattr__(self, "live", Live(self.settings))
 
 
 @dataclass(frozen=True, slots=True)

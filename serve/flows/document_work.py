@@ -67,6 +67,7 @@ class DocumentWork:
         self, context: Context, embed: EmbedFlow, upserter: Upserter, retries: Retries
     ) -> None:
         self._settings = context.settings
+        self._live = context.live
         self._models = context.models
         self._quotas = context.quotas
         self._threads = context.threads
@@ -112,7 +113,7 @@ class DocumentWork:
         collection = claim.collections[job.collection]
         served = self._models.find(collection.model)
         check_revision(collection, served)
-        caller = payer(claim.payers[job_id], self._settings.admission.tiers)
+        caller = payer(claim.payers[job_id], self._live.now.admission.tiers)
         return Target(job, caller, collection, served)
 
     # --- prepare ------------------------------------------------------------------------------

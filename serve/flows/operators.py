@@ -12,7 +12,7 @@ from typing import Any, cast, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from serve.admission.keys import new_key, successor
-from serve.allowance import Allowance
+from serve.allowance import Allowance, Tier
 from serve.config import Settings
 from serve.errors import BadInput, NotFound
 from serve.flows.context import new_op
@@ -49,10 +49,14 @@ class OperatorFlow:
     ) -> None:
         """`wall` gives epoch seconds."""
         self._settings = settings
-        self._tiers = settings.admission.tiers
+        self._tiers: Mapping[str, Tier] = settings.admission.tiers
         self._keys = keys
         self._tenants = tenants
         self._wall = wall
+
+    def retier(self, tiers: Mapping[str, Tier]) -> None:
+        """What may be given to tenants from now on."""
+        self._tiers = tiers
 
     async def create_key(
         self,

@@ -1,7 +1,9 @@
 """What `serve.flows.batching` keeps of a call between its arrival and its answer."""
 
 import asyncio
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Self
 
 import numpy as np
 
@@ -31,6 +33,16 @@ class Pending:
     failures: list[tuple[int, ServiceError]] = field(default_factory=list)
     entries: list[Entry["Slice"]] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, call: EmbedCall, own_s: float, now: float) -> Self:
+        """A call that arrives, whose own work takes so many seconds."""
+        patience_s = call.deadline_s + 2 * own_s  # 2: its share may shrink while it works
+        if call.limit_s is not None:
+            patience_s = min(patience_s, call.limit_s)
+        inputs = len(call.inputs)
+        done: asyncio.Future[EmbedReply] = asyncio.get_running_loop().create_future()
+        return cls(call, done, arrived=now, expires=now + patience_s, left=inputs, unbegun=inputs)
+
     def live(self, now: float) -> bool:
         """Whether its work should go on. An expired call is answered; a departed one needs none."""
         if now >= self.expires:
@@ -38,6 +50,11 @@ class Pending:
             message = "The deadline passed while the work was waiting."
             self.fail(DeadlineExceeded(message, retry_after_s=None if own else 1))
         return not self.done.done()
+
+    def reweigh(self, weights: Mapping[str, float]) -> None:
+        """Its tier has another weight now, or is not told of."""
+        weight = weights.get(self.call.tier, self.call.weight)
+        self.call = replace(self.call, weight=weight)
 
     def begin(self, now: float, tally: "Tally") -> None:
         """Something of it goes to the model."""

@@ -108,6 +108,7 @@ class Runner:
         self._paces = paces
         self._batch = batch
         self._budgets: dict[str, Budget] = {}
+        self._best: dict[str, int] = {}
         self._begun: dict[object, float] = {}
         self._executor = executor
         self._clock = clock
@@ -115,7 +116,18 @@ class Runner:
 
     def fit(self, model: str, tokens: int) -> None:
         """The warm-up says that its batches are best with so many padded tokens."""
-        self._budget(model).limit(min(tokens, self._batch.tokens_max))
+        self._best[model] = tokens
+        self._limit(model)
+
+    def adapt(self, batch: Batch) -> None:
+        """Batches keep to these bounds from now on; a model's never exceed what its warm-up found best."""
+        self._batch = batch
+        for model in self._budgets:
+            self._limit(model)
+
+    def _limit(self, model: str) -> None:
+        most = self._batch.tokens_max
+        self._budget(model).limit(min(self._best.get(model, most), most))
 
     def budget(self, model: str) -> int:
         """Padded tokens of one of its batches, at most."""

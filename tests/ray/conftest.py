@@ -7,7 +7,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ import pytest
 import ray
 import ray.serve
 
-from deployments.app import build
+from deployments.app import compose
 from deployments.local import operators
 from serve.config import Actors, Batch, Cache, Ingress, Jobs, Limits, Model, Pool, Settings
 from serve.flows.operators import MadeKey, OperatorFlow
@@ -85,9 +85,9 @@ class Whole:
         cls.until(lambda: found.extend(_workers(title)) or bool(found), timeout_s=10)
         os.kill(found[0], signal.SIGKILL)
 
-    def deploy(self, settings: Settings) -> None:
-        """Deploy, and wait until every part is usable."""
-        ray.serve.run(build(settings), name="headrace", route_prefix="/")
+    def deploy(self, settings: Settings, embedders: Mapping[str, type] = {}) -> None:
+        """Deploy, and wait until every part is usable; `embedders` as `compose` takes them."""
+        ray.serve.run(compose(settings, embedders), name="headrace", route_prefix="/")
         self.settings = settings
         self.until(self.ready)
 
@@ -101,10 +101,28 @@ class Whole:
         except httpx.HTTPError:
             return False
 
+    @staticmethod
+    def replicas(part: str) -> dict[str, int]:
+        """Process ids by actor, of the replicas of a deployment that live, those that leave included."""
+        found = ray.util.list_named_actors(all_namespaces=True)
+        names = [one["name"] for one in found if f"SERVE_REPLICA::headrace#{part}#" in one["name"]]
+        return {name: pid for name in names if (pid := _pid_of(name))}
+
     def embedder_stats(self) -> dict[str, float]:
         """Of one replica: callers that need a total use one replica's worth of work."""
         handle = ray.serve.get_deployment_handle("embedder-default", "headrace")
         return handle.stats.remote().result(timeout_s=20)
+
+
+def _pid_of(actor: str) -> int | None:
+    try:
+        return ray.get(ray.get_actor(actor, "serve").__ray_call__.remote(_own_pid), timeout=20)
+    except (ValueError, ray.exceptions.RayError):  # it has left meanwhile
+        return None
+
+
+def _own_pid(_actor: object) -> int:
+    return os.getpid()
 
 
 def _workers(title: str) -> list[int]:

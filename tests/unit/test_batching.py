@@ -320,6 +320,71 @@ async def test_weights_divide_the_model(rig):
     await one.release()
 
 
+# --- settings that change ---------------------------------------------------------------------
+
+
+async def test_weights_change_for_what_waits(rig):
+    one = rig(tokens_min=100, tokens_max=100, target_ms=1)
+    await one.hold()
+    for _ in range(100):
+        for marker, tier in ((1, "free"), (4, "premium")):
+            call = {"tenant": f"t{marker}", "tier": tier, "deadline_s": 3600}
+            await one.start(of_length(100, marker), **call)
+    one.batcher.adapt(one.batcher._batch, {"free": 1, "premium": 4})
+    await one.device.step()
+    for _ in range(100):
+        await one.device.step()
+    served = Counter(one.spy.seen)
+    assert [served[marker] for marker in (1, 4)] == pytest.approx([20, 80], abs=1)
+    await one.release()
+    assert Counter(one.spy.seen) == {9: 1, 1: 100, 4: 100}
+
+
+async def test_bounds_of_batches_change_between_two_of_them_and_nothing_that_waits_is_lost(rig):
+    one = rig(tokens_min=50, tokens_max=400, target_ms=400)
+    await one.hold()
+    waiting = [await one.start(of_length(50, n), tenant=f"t{n}") for n in range(1, 21)]
+    first = one.batcher._batch
+    one.batcher.adapt(first.model_copy(update={"tokens_max": 100, "target_ms": 100}), {})
+    assert one.batcher.queued_items == 20
+    await one.device.step()
+    await one.device.step()
+    assert [len(batch) for batch in one.spy.batches] == [1, 2]
+    one.batcher.adapt(first, {})
+    await one.release()
+    assert max(len(batch) for batch in one.spy.batches) == 8
+    assert all(task.result().failures == () for task in waiting)
+
+
+async def test_room_in_the_queue_changes_for_those_who_come(rig):
+    one = rig(tenant_items_max=10)
+    await one.hold()
+    await one.start(*(ids(n) for n in range(8)), tenant="bob")
+    fewer = one.batcher._batch.model_copy(update={"tenant_items_max": 5})
+    one.batcher.adapt(fewer, {})
+    assert one.batcher.queued_items == 8
+    with pytest.raises(QuotaExceeded):
+        await one.ask(ids(1), tenant="bob")
+    await one.release()
+    assert one.batcher.tally.dropped == 0
+
+
+async def test_work_for_a_model_that_is_loaded_meanwhile_has_the_new_weight(rig):
+    one = rig(loose="m", tokens_min=100, tokens_max=100, target_ms=1)
+    one.loader.held = True
+    for _ in range(20):
+        for marker, tier in ((1, "free"), (4, "premium")):
+            await one.start(of_length(100, marker), tenant=f"t{marker}", tier=tier, deadline_s=3600)
+    one.batcher.adapt(one.batcher._batch, {"free": 1, "premium": 4})
+    one.device.held = True
+    await one.loader.step()
+    for _ in range(10):
+        await one.device.step()
+    served = Counter(one.spy.seen)
+    assert served[4] >= 2 * served[1]  # of equal weight they would have as much
+    await one.release()
+
+
 # --- leaving and expiring ---------------------------------------------------------------------
 
 

@@ -555,6 +555,17 @@ def test_a_missing_deploy_file():
     assert "nowhere.yaml cannot be read" in done.stderr
 
 
+def test_a_deploy_file_is_checked_with_its_live_settings(tmp_path):
+    done = run("check", "--config", CONFIG)
+    assert (done.exit_code, done.stdout) == (0, f"{CONFIG} is right.\n")
+    wrong = tmp_path / "wrong.yaml"
+    live = "{name: ingress, user_config: {admission: {tiers: {free: {weight: 0}}}}}"
+    wrong.write_text(f"applications: [{{deployments: [{live}]}}]", encoding="utf-8")
+    done = run("check", "--config", str(wrong))
+    assert done.exit_code == 1
+    assert "deployments[ingress].user_config.admission.tiers.free.weight: Input" in done.stderr
+
+
 def test_help_does_not_import_ray():
     code = (
         "import sys\nfrom deployments.cli import main\n"
@@ -564,4 +575,6 @@ def test_help_does_not_import_ray():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout.splitlines()[-1] == "False"
-    assert {"serve", "keys", "tenants", "audit", "ingest", "search"} <= set(done.stdout.split())
+    assert {"serve", "check", "keys", "tenants", "audit", "ingest", "search"} <= set(
+        done.stdout.split()
+    )

@@ -182,6 +182,36 @@ async def test_a_replica_that_leaves_ends_what_it_has_and_sends_the_rest_away(pi
     assert [one.tenant for one in model.calls] == ["held"]
 
 
+async def test_a_replica_that_leaves_waits_until_its_last_answer_is_on_its_way(
+    address, outlet, model
+):
+    model.width = 4 * 2**20  # 16 MiB, far more than the kernel takes for somebody who does not read
+    reader, writer = await asyncio.open_connection(address.host, address.port, limit=2**16)
+    hello = Frame(0, Word.HELLO, address.token.encode()).packed()
+    writer.write(hello + Frame(1, Word.CALL, pack_call(call())).packed())
+    await model.until(1)
+    leaving = asyncio.create_task(outlet.close(10))
+    await until(lambda: not outlet._tasks)
+    await asyncio.sleep(0)
+    assert not leaving.done()
+    assert len(await reader.read(-1)) > model.width * 4
+    await leaving
+    writer.close()
+
+
+async def test_a_replica_does_not_wait_for_ever_for_who_does_not_read(
+    address, outlet, model, monkeypatch
+):
+    monkeypatch.setattr(outlet_module, "FLUSH_S_MAX", 0.01)
+    model.width = 4 * 2**20
+    _, writer = await asyncio.open_connection(address.host, address.port, limit=2**16)
+    hello = Frame(0, Word.HELLO, address.token.encode()).packed()
+    writer.write(hello + Frame(1, Word.CALL, pack_call(call())).packed())
+    await model.until(1)
+    await outlet.close(10)
+    writer.transport.abort()
+
+
 async def heard(address: Address, data: bytes) -> bytes:
     reader, writer = await asyncio.open_connection(address.host, address.port)
     writer.write(data)

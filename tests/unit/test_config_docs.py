@@ -6,10 +6,12 @@ from pydantic import BaseModel, Field
 
 from deployments.config_docs import PAGE, render
 from serve.config import Settings
+from serve.section import LIVE
 
 
 class Leaf(BaseModel):
     size_bytes: int = Field(2048, ge=1, lt=10**6, description="How much | how big.")
+    pace: int = Field(1, description="How fast.", json_schema_extra=LIVE)
     word: Literal["a", "b"] = Field(description="Which.")
     off: bool = Field(default=False, description="Whether.")
     either: tuple[int, ...] = Field((443, 8443), max_length=2, description="Some.")
@@ -32,6 +34,7 @@ def test_the_committed_page_is_current():
 def test_a_row_shows_type_default_bounds_and_text():
     page = render(Tree)
     assert "| `size_bytes` | integer | 2_048 | ≥ 1, < 1_000_000 | How much \\| how big. |" in page
+    assert "| `pace` | integer | 1 |  | How fast. *Live.* |" in page
     assert "| `word` | `a` or `b` | required |  | Which. |" in page
     assert "| `most` | integer | none | ≥ 1 | If any. |" in page
     assert "| `either` | list of integer | 443, 8443 | elements ≤ 2 | Some. |" in page

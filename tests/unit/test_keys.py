@@ -15,6 +15,7 @@ from serve.admission.keys import (
     require_admin,
     successor,
 )
+from serve.allowance import Tier
 from serve.config import Admission
 from serve.errors import Forbidden, Overloaded, StoreUnavailable, Unauthorized
 from serve.records import Caller, Key
@@ -270,6 +271,20 @@ async def test_a_new_tier_counts_after_the_cached_time(keys, clock):
     keys.known[KEY.id] = replace(KEY, tier="enterprise")
     clock.advance(1)
     assert await front.caller(HEADER) == Caller("acme", "enterprise", 16, KEY.id)
+
+
+async def test_new_limits_and_weights_of_tiers_hold_at_once_and_nobody_is_asked(keys, clock):
+    front = door(keys, clock)
+    await front.caller(HEADER)
+    asked = list(keys.asked)
+    front.retier({KEY.tier: Tier(weight=7, interactive={"requests_per_minute": 3})})
+    found = await front.caller(HEADER)
+    assert found.weight == 7
+    assert [limit.burst for limit in found.limits["interactive"]] == [3]
+    assert keys.asked == asked
+    front.retier({})
+    with pytest.raises(Forbidden):
+        await front.caller(HEADER)
 
 
 async def test_an_unknown_id_is_asked_for_once_in_that_time(clock):

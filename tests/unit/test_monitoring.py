@@ -261,6 +261,8 @@ CASES = (
     Case("HeadraceWriterFaults", {"ray_headrace_writer_faults_total": "1x90"}, "65m", None),
     Case("HeadraceLedgerAway", {"ray_headrace_quota_ledger_away": "1x20"}, "5m", {}),
     Case("HeadraceLedgerAway", {"ray_headrace_quota_ledger_away": "1x1 0x20"}, "5m", None),
+    Case("HeadraceSettingsRefused", {"ray_headrace_settings_refused": "1x20"}, "8m", {}),
+    Case("HeadraceSettingsRefused", {"ray_headrace_settings_refused": "1x2 0x20"}, "8m", None),
 )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from serve.admission.keys import hash_secret, parse
+from serve.allowance import Tier
 from serve.config import Settings
 from serve.errors import BadInput, Conflict, NotFound
 from serve.flows.operators import OperatorFlow
@@ -54,6 +55,14 @@ async def test_a_made_key_opens_the_door_and_its_secret_is_shown_once(flow, stor
     for shown in (listed, made, await flow.audit()):
         assert secret not in repr(shown)
         assert kept.secret_sha256 not in repr(shown)
+
+
+async def test_tiers_that_came_meanwhile_may_be_given(flow):
+    await refused(flow.create_key(BY, tenant="acme", tier="trial"), "tier")
+    flow.retier({"trial": Tier(weight=2)})
+    made = await flow.create_key(BY, tenant="acme", tier="trial")
+    assert made.key.tier == "trial"
+    await refused(flow.create_key(BY, tenant="beta", tier="free"), "tier")
 
 
 async def test_a_key_needs_a_tier_only_for_a_new_tenant(flow):

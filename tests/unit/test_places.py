@@ -61,6 +61,14 @@ def test_a_file_that_listens_everywhere_is_reached_on_loopback(tmp_path, host, u
         ("applications: [{args: {ingress: {replicas: 0}}}]", r"args\.ingress\.replicas: "),
         ("applications: [{args: {nonsense: 0}}]", r"args\.nonsense: "),
         ("{http_options: {port: a}, applications: [{}]}", "port must be a number"),
+        (
+            "applications: [{deployments: [{name: ingress, user_config: {logs: {level: loud}}}]}]",
+            r"deployments\[ingress\]\.user_config\.logs\.level: Input",
+        ),
+        (
+            "applications: [{deployments: [{name: worker-items, user_config: {jobs: {}, store: {path: a}}}]}]",
+            r"deployments\[worker-items\]\.user_config\.store\.path: not a live setting",
+        ),
     ],
 )
 def test_a_bad_file_is_explained(tmp_path, text, message):
