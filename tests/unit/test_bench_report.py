@@ -251,7 +251,8 @@ def test_fairness_reports_every_policy_beside_the_fair_queue():
         waits = {tier: crowd.Waits([queue_ms + 5], [queue_ms]) for tier in TIERS}
         shares = {"flood-free": 1.0, "flood-premium": 4.1, "flood-enterprise": 15.9}
         asked = {f"asks-{inputs}": 7.0 for inputs in crowd.ASKED}
-        return fairness.Round(waits, [80.0, 90.0], tokens_s, waits, shares, asked)
+        took = {"tokens_s": tokens_s, "cost_s": 2 * tokens_s, "bulk_part": 0.1, "busy": 0.99}
+        return fairness.Round(waits, [80.0, 90.0], **took, idle=waits, shares=shares, asked=asked)
 
     taken = {policy: [played_at(500, 1000)] for policy in crowd.POLICIES}
     paired = {"fair": [played_at(10, 999)], "fifo": [played_at(500, 1000)]}
@@ -262,6 +263,8 @@ def test_fairness_reports_every_policy_beside_the_fair_queue():
     assert found["share_over_free"] == {"free": 1, "premium": 4.1, "enterprise": 15.9}
     assert found["throughput_ratio"]["min"] == 0.98
     assert found["throughput_ratio"]["max"] == 0.999
+    assert (found["cost_s"]["max"], found["bulk_part"]["median"]) == (1998, 0.1)
+    assert found["policies"]["fifo"]["busy"]["median"] == 0.99
     assert found["jain"]["median"] == 1
     assert found["handout_ms"]["p50"] == 80
     assert "serve_batch" in fairness.shown(found)

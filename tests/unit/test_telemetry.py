@@ -20,6 +20,7 @@ counter ray_headrace_requests_total class status
 histogram ray_headrace_request_seconds class
 histogram ray_headrace_tokenise_seconds
 histogram ray_headrace_encode_seconds
+gauge ray_headrace_settings_refused
 counter ray_headrace_quota_refused_total limit
 counter ray_headrace_quota_exchanges_total
 counter ray_headrace_quota_exchange_failures_total
