@@ -52,7 +52,7 @@ SMOKE = Size(
     takeover=3,
     queries=3,
 )
-SMOKE_LOAD = Load(trickle=15, burst=600, request=200, probes=20)
+SMOKE_LOAD = Load(trickle=15, burst=600, bursts=2, request=200, probes=20)
 SMOKE_KILLS = Kills(victims=("upserter",), before_s=5)
 
 
@@ -124,7 +124,7 @@ def shown(result: dict[str, Any]) -> str:
             rows += [[f"{name}: lag {word} ms", ms] for word, ms in result[name]["lag_ms"].items()]
             rows.append([f"{name}: lost", result[name]["lost"]])
     rows += [
-        [f"burst: {role} grew by MiB", one["grew"]]
+        [f"burst: {role} in the last one, MiB more", one["grew_in_the_last"]]
         for role, one in result.get("burst", {}).get("memory_mb", {}).items()
     ]
     if "served_flushes" in result:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ class Memory:
     def __init__(self, target: Target) -> None:
         self._target = target
         self._seen: dict[str, list[float]] = {}
+        self.looks = 0
 
     async def run(self) -> None:
         """Look until cancelled."""
@@ -40,6 +42,7 @@ class Memory:
                     held[role] = max(held.get(role, 0.0), found.rss_mb)
             for role, each in held.items():
                 self._seen.setdefault(role, []).append(each)
+            self.looks += 1
             await asyncio.sleep(LOOK_S)
 
     def _processes(self) -> dict[int, str]:
@@ -48,15 +51,16 @@ class Memory:
         ours = {pid: role for pid, role in roles.items() if role in ROLES}
         return ours or {one.pid: "server" for one in every[:1]}
 
-    def shown(self) -> dict[str, Any]:
-        """Resident mebibytes by role, of its largest process; what one may grow by is the buffer's bound."""
-        return {
-            "bound_mb": Buffer().bytes_max / processes.MEBI,
-            "memory_mb": {
-                role: {"before": seen[0], "max": max(seen), "grew": max(seen) - seen[0]}
-                for role, seen in self._seen.items()
-            },
-        }
+    def shown(self, marks: Sequence[int]) -> dict[str, Any]:
+        """Resident mebibytes by role, of its largest process: before, at most until each of so many looks,
+        and what the last stretch added to that. Beside it the buffer's bound.
+        """
+        found = {}
+        for role, seen in self._seen.items():
+            most = [max(seen[: max(mark, 1)]) for mark in marks]
+            grew = most[-1] - most[-2] if len(most) > 1 else most[-1] - seen[0]
+            found[role] = {"before": seen[0], "most": most, "grew_in_the_last": grew}
+        return {"bound_mb": Buffer().bytes_max / processes.MEBI, "memory_mb": found}
 
 
 async def flushes(ray_folder: Path) -> dict[str, float]:

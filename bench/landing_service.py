@@ -21,6 +21,7 @@ WATCHED_MAX = 50
 """Documents that one search looks for: a filter has 64 conditions at most."""
 LOOK_PAUSE_S = 0.01
 POST_S = 120.0
+SUMMED = ("documents", "lost", "duplicates", "probes_missing")
 LOST_S = 300.0
 """What is not found after this is lost."""
 
@@ -33,6 +34,7 @@ class Load:
     pace_s: float = 5.0
     unmeasured: int = 5
     burst: int = 25_000
+    bursts: int = 3
     request: int = 500
     connections: int = 4
     probes: int = 250
@@ -168,52 +170,65 @@ async def trickle(target: Target, load: Load) -> dict[str, Any]:
 
 
 async def burst(target: Target, load: Load) -> dict[str, Any]:
+    """One after the other, each into a collection of its own: what is held at most must not grow with them."""
+    memory = Memory(target)
+    measuring = asyncio.create_task(memory.run())
+    found, marks = [], []
+    for number in range(load.bursts):
+        found.append(await _burst(target, load, f"burst-{number}"))
+        marks.append(memory.looks)
+    measuring.cancel()
+    return {
+        "bursts": found,
+        "lag_ms": lags_ms([lag for one in found for lag in one.pop("lags_s")]),
+        **{word: sum(one[word] for one in found) for word in SUMMED},
+        **memory.shown(marks),
+    }
+
+
+async def _burst(target: Target, load: Load, name: str) -> dict[str, Any]:
     """As many as the service takes; some of them are watched, all of them counted in the end."""
     texts_of = texts.shorts(load.burst)
     probes = set(random.Random(7).sample(range(load.burst), min(load.probes, load.burst)))
     starts = list(reversed(range(0, load.burst, load.request)))
-    memory = Memory(target)
-    async with watching(target, "burst") as (client, watch):
+    async with watching(target, name) as (client, watch):
         began = time.perf_counter()
 
         async def hand_over() -> None:
             while starts:
                 start = starts.pop()
                 part = range(start, min(start + load.request, load.burst))
-                since = await accepted(client, "burst", {n: texts_of[n] for n in part})
+                since = await accepted(client, name, {n: texts_of[n] for n in part})
                 for number in sorted(probes.intersection(part)):
                     watch.expect(number, since)
 
-        measuring = asyncio.create_task(memory.run())
         async with asyncio.TaskGroup() as group:
             for _ in range(load.connections):
                 group.create_task(hand_over())
         accepted_s = time.perf_counter() - began
         missing = await watch.emptied()
-        records = await _records(client, load.burst)
+        records = await _records(client, name, load.burst)
         total_s = time.perf_counter() - began
-        measuring.cancel()
         found = await watch.count(range(load.burst))
         stats = (await client.get("/v1/stats")).json()
     return {
         "documents": load.burst,
         "accepted_s": accepted_s,
         "total_s": total_s,
-        "lag_ms": lags_ms(list(watch.lags_s.values())),
+        "lags_s": list(watch.lags_s.values()),
         "lost": found["missing"],
         "duplicates": found["twice"],
         "records": records,
         "probes_missing": missing,
         "failed_items": stats["failed"],
-        **memory.shown(),
     }
 
 
-async def _records(client: httpx.AsyncClient, wanted: int) -> int:
+async def _records(client: httpx.AsyncClient, name: str, wanted: int) -> int:
     """What the index holds, once it is all or nothing more comes."""
     until = time.perf_counter() + LOST_S
     while True:
-        found = int((await client.get("/v1/collections/burst/stats")).json()["records"])
+        found = int((await client.get(f"/v1/collections/{name}/stats")).json()["records"])
         if found >= wanted or time.perf_counter() > until:
             return found
         await asyncio.sleep(0.2)
