@@ -84,14 +84,19 @@ def test_live_settings_change_under_load_in_the_same_processes(filed):
 
     with filed.client() as client, filed.client() as asking, ThreadPoolExecutor(1) as threads:
         assert allowed(client) == {first}
-        client.post("/v1/collections", json={"name": "kept"}).raise_for_status()
+        client.post("/v1/collections", json={"name": "lively"}).raise_for_status()
         body = {"model": "fake", "input": [TEXT] * 400}
         headers = {"x-deadline-ms": "100000"}
         large = threads.submit(asking.post, "/v1/embeddings", json=body, headers=headers)
         items = [{"id": str(n), "text": TEXT} for n in range(30)]
-        job = client.post("/v1/jobs", json={"collection": "kept", "items": items})
-        filed.until(lambda: filed.embedder_stats()["queued_items"] > 100)
-        before = filed.embedder_stats()
+        job = client.post("/v1/jobs", json={"collection": "lively", "items": items})
+        before: dict[str, float] = {}
+
+        def busy() -> bool:
+            before.update(filed.embedder_stats())
+            return before["queued_items"] > 100 and before["inputs"] > 0
+
+        filed.until(busy)
 
         deploy(filed, live)
         filed.until(lambda: allowed(client) == {"7777"})
