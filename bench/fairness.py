@@ -59,6 +59,8 @@ class Plan:
     """
     jain_s: float = 15
     tiny_s: float = 10
+    job: bool = True
+    """Without it, fair and first in first out do the same mix of work."""
 
 
 @dataclass(slots=True)
@@ -104,7 +106,8 @@ async def flooded(place: Town, cluster: Cluster, policy: Policy, plan: Plan, see
     await crowd.settle(place, "tiny")
     async with Pressure() as pressure:
         crowd.flood(pressure, place, "flood-free")
-        crowd.bulk(pressure, place, "job", policy)
+        if plan.job:
+            crowd.bulk(pressure, place, "job", policy)
         # First in first out serves no light request until all that came before is done.
         ahead = asyncio.create_task(crowd.light(place, f"{seed} ahead", LEAD_S))
         await asyncio.sleep(LEAD_S - WARM_S)
@@ -305,13 +308,14 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--target-ms", type=float, default=Plan.target_ms)
     parser.add_argument("--cpus", type=float, default=Plan.cpus, help="threads of the model")
     parser.add_argument("--precision", choices=sorted(PRECISIONS["onnx"]), default=Plan.precision)
+    parser.add_argument("--no-job", action="store_true", help="flood and light tenants alone")
     options = parser.parse_args(words)
     if options.smoke or options.simulated:
         simulated.run(smoke=options.smoke, rounds=options.rounds, out=options.out)
         return
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     bounds = options.target_ms, options.cpus, options.precision
-    plan = Plan(options.rounds, *bounds, pairs=options.pairs)
+    plan = Plan(options.rounds, *bounds, pairs=options.pairs, job=not options.no_job)
     result = measure(plan)
     print(shown(result))
     loads = {
