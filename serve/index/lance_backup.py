@@ -11,6 +11,8 @@ from serve.index.lance_place import Place
 
 SUFFIX = ".lance"
 VERSIONS = "_versions"
+FIRST = 1
+"""The version that a table begins with: while a copy has it, it has all."""
 HINT = "latest_version_hint.json"
 """The only file of a table that is written again. Nothing needs it."""
 
@@ -32,6 +34,10 @@ async def rewind(folder: Path, at: float) -> int:
                 table = await database.open_table(name)
                 found = await table.list_versions()  # type: ignore[no-untyped-call]
                 then = [one["version"] for one in found if one["timestamp"].timestamp() <= at]
+                if not then and min(one["version"] for one in found) > FIRST:
+                    raise Torn(
+                        f"{name}: its version of that moment was removed before it was copied"
+                    )
                 if not then:
                     await database.drop_table(name)
                     continue

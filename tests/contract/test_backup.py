@@ -24,8 +24,10 @@ from serve.records import CollectionSpec
 from tests.contract.busy import UUID, Busy, check_restored, record
 
 
-HASTY = IndexSettings(compact_commits=5, keep_versions_s=1)
-"""Compacts all the time, and forgets old versions soon."""
+HASTY = IndexSettings(compact_commits=5, keep_versions_s=20)
+"""Compacts all the time. Old versions must outlive the way from the Store's moment to the index's links,
+which takes seconds here on a busy machine.
+"""
 
 
 def settings(folder: Path) -> Settings:
@@ -93,6 +95,19 @@ async def test_a_table_that_is_younger_than_the_moment_goes(tmp_path):
     await index.aclose()
     assert await rewind(tmp_path, 0.0) == 0
     assert not list(tmp_path.glob("*.lance"))
+
+
+async def test_a_table_whose_version_of_the_moment_is_gone_is_no_younger_one(tmp_path):
+    forgetful = IndexSettings(compact_commits=2).model_copy(update={"keep_versions_s": 0.001})
+    index = LanceIndex(str(tmp_path), forgetful)
+    await index.ensure(CollectionSpec(UUID, 4))
+    then = time.time()
+    for number in range(4):
+        await index.upsert(UUID, [record("a", number + 1)])
+        await index.maintain()
+    await index.aclose()
+    with pytest.raises(Torn, match="removed before"):
+        await rewind(tmp_path, then)
 
 
 def test_what_cannot_be_copied_is_said(tmp_path):
