@@ -22,6 +22,7 @@ from typing import Any
 
 from bench import crowd, simulated, town
 from bench.crowd import ASKED, POLICIES, TIERS, LightWaits, Policy, Pressure, Town
+from bench.processes import Clock, median_cores
 from bench.report import ROOT, arguments, finish, jain, percentile, ratios, spread, table
 from bench.town import Cluster
 from deployments.places import DeployFile
@@ -76,6 +77,8 @@ class Round:
     """Of the tokens: passages, and a job's way to the index takes the same two cores."""
     busy: float
     """Seconds of hand-outs a second: the rest, the model waits for work."""
+    cores: Mapping[str, float]
+    """Busy: the machine's, and each role's of the load program and the service."""
     idle: LightWaits = field(default_factory=dict)
     shares: Mapping[str, float] = field(default_factory=dict)
     asked: Mapping[str, float] = field(default_factory=dict)
@@ -112,12 +115,12 @@ async def flooded(place: Town, cluster: Cluster, policy: Policy, plan: Plan, see
         ahead = asyncio.create_task(crowd.light(place, f"{seed} ahead", LEAD_S))
         await asyncio.sleep(LEAD_S - WARM_S)
         await _begun(cluster, policy)
-        began = monotonic()
+        began, before = monotonic(), Clock.read()
         asking = asyncio.create_task(crowd.light(place, seed, plan.flood_s))
         await asyncio.sleep(plan.flood_s)
         # Not later: while some policies' light requests are still waited for, no new ones load it.
         given = await asyncio.to_thread(cluster.counts, policy)
-        took_s = monotonic() - began
+        took_s, cores = monotonic() - began, Clock.read().cores(before)
         light = await asking
         await ahead
     tokens = sum(given["tokens"].values())
@@ -128,6 +131,7 @@ async def flooded(place: Town, cluster: Cluster, policy: Policy, plan: Plan, see
         cost_s=sum(given["cost"].values()) / took_s,
         bulk_part=given["tokens"].get("job", 0) / tokens,
         busy=sum(given["handout_ms"]) / 1e3 / took_s,
+        cores=cores,
     )
 
 
@@ -217,6 +221,7 @@ def describe(rounds: Sequence[Round], paired: Sequence[Round] = ()) -> dict[str,
         "cost_s": spread([one.cost_s for one in flooded]),
         "bulk_part": spread([one.bulk_part for one in flooded]),
         "busy": spread([one.busy for one in flooded]),
+        "cores": median_cores([one.cores for one in flooded]),
         "share_over_free": {
             tier: cost[tier] / cost["free"] if cost["free"] else None for tier in TIERS
         },

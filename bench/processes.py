@@ -6,9 +6,11 @@ asked of the server, so that a look costs it nothing.
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 
 PROC = Path("/proc")
@@ -111,3 +113,42 @@ def role(pid: int, proc: Path = PROC) -> str | None:
         return None
     found = (name for pattern, name in ROLES if re.search(pattern, words, re.IGNORECASE))
     return next(found, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """CPU seconds until now: of the machine's cores, and of ours by role; `at` is monotonic."""
+
+    at: float
+    machine_s: float
+    roles_s: Mapping[str, float]
+
+    @classmethod
+    def read(cls) -> "Clock":
+        """Now. The first process is this program, which makes the load."""
+        roles: dict[str, float] = {}
+        for number, one in enumerate(tree(os.getpid())):
+            name = "load program" if number == 0 else role(one.pid) or "other"
+            roles[name] = roles.get(name, 0.0) + one.cpu_s
+        return cls(time.monotonic(), _machine_s(), roles)
+
+    def cores(self, before: "Clock") -> dict[str, float]:
+        """Cores that were busy since then: the machine's, and by role."""
+        passed = self.at - before.at
+        found = {"machine": (self.machine_s - before.machine_s) / passed}
+        for name, used_s in sorted(self.roles_s.items()):
+            found[name] = max(used_s - before.roles_s.get(name, 0.0), 0.0) / passed
+        return found
+
+
+def _machine_s(proc: Path = PROC) -> float:
+    """CPU seconds of all cores that were neither idle nor waiting for a disk."""
+    words = (proc / "stat").read_text().split("\n", 1)[0].split()[1:9]
+    user, nice, system, _idle, _wait, *rest = map(int, words)
+    return (user + nice + system + sum(rest)) / TICKS
+
+
+def median_cores(turns: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of several measurements, role by role; one that did not appear in a turn counts as none."""
+    roles = sorted({name for turn in turns for name in turn})
+    return {name: median([turn.get(name, 0.0) for turn in turns]) for name in roles}

@@ -14,8 +14,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from bench.processes import Clock, median_cores
 from bench.report import percentile, ratios, spread, table
-from bench.scaling_place import CPUS, Clock, HandOut, handle_of
+from bench.scaling_place import CPUS, HandOut, handle_of
 from deployments.handles import EmbedderPort
 from serve.config import Batch, Model, Pool
 from serve.records import EmbedCall, Input
@@ -229,7 +230,6 @@ def _of_way(found: Mapping[int, Sequence[Turn]]) -> dict[str, Any]:
 def _of_pool(number: int, turns: Sequence[Turn], alone: Sequence[float]) -> dict[str, Any]:
     handouts = [one for turn in turns for one in turn.handouts]
     call_ms = [ms for turn in turns for ms in turn.call_ms]
-    roles = sorted({name for turn in turns for name in turn.cores})
     return {
         "efficiency": ratios([turn.tokens_s / number for turn in turns], alone),
         "tokens_s": spread([turn.tokens_s for turn in turns]),
@@ -238,9 +238,7 @@ def _of_pool(number: int, turns: Sequence[Turn], alone: Sequence[float]) -> dict
         "batch_tokens": sum(one.tokens for one in handouts) / sum(one.batches for one in handouts),
         "calls_s": spread([turn.calls_s for turn in turns]),
         "call_ms": {f"p{part * 100:.0f}": percentile(call_ms, part) for part in (0.5, 0.95)},
-        "cores": {
-            name: spread([turn.cores.get(name, 0.0) for turn in turns])["median"] for name in roles
-        },
+        "cores": median_cores([turn.cores for turn in turns]),
     }
 
 

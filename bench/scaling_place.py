@@ -6,12 +6,11 @@ embedder with a stopwatch: when it was started, and what each hand-out was.
 
 import asyncio
 import logging
-import os
 import shutil
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -21,8 +20,7 @@ from typing import Any
 import ray
 import ray.serve
 
-from bench import processes, servers
-from bench.processes import PROC, TICKS
+from bench import servers
 from deployments.actors import LEDGER, STORE, UPSERTER, living, retire
 from deployments.app import compose
 from deployments.embedder import Embedder
@@ -180,36 +178,3 @@ def _wait_ready(url: str) -> None:
 def handle_of(pool: config.Pool) -> Any:
     """Ray's handle to a pool's replicas."""
     return ray.serve.get_deployment_handle(f"embedder-{pool.name}", APPLICATION)
-
-
-@dataclass(frozen=True, slots=True)
-class Clock:
-    """CPU seconds until now: of the machine's cores, and of ours by role; `at` is monotonic."""
-
-    at: float
-    machine_s: float
-    roles_s: Mapping[str, float]
-
-    @classmethod
-    def read(cls) -> "Clock":
-        """Now. The first process is this program, which makes the load."""
-        roles: dict[str, float] = {}
-        for number, one in enumerate(processes.tree(os.getpid())):
-            name = "load program" if number == 0 else processes.role(one.pid) or "other"
-            roles[name] = roles.get(name, 0.0) + one.cpu_s
-        return cls(time.monotonic(), _machine_s(), roles)
-
-    def cores(self, before: "Clock") -> dict[str, float]:
-        """Cores that were busy since then: the machine's, and by role."""
-        passed = self.at - before.at
-        found = {"machine": (self.machine_s - before.machine_s) / passed}
-        for name, used_s in sorted(self.roles_s.items()):
-            found[name] = max(used_s - before.roles_s.get(name, 0.0), 0.0) / passed
-        return found
-
-
-def _machine_s(proc: Path = PROC) -> float:
-    """CPU seconds of all cores that were neither idle nor waiting for a disk."""
-    words = (proc / "stat").read_text().split("\n", 1)[0].split()[1:9]
-    user, nice, system, _idle, _wait, *rest = map(int, words)
-    return (user + nice + system + sum(rest)) / TICKS

@@ -20,7 +20,8 @@ import numpy as np
 import ray.serve
 from ray.serve.schema import ReplicaState
 
-from bench.scaling_place import APPLICATION, CPUS, Clock, HandOut, Place, Start, handle_of
+from bench.processes import Clock
+from bench.scaling_place import APPLICATION, CPUS, HandOut, Place, Start, handle_of
 from deployments.handles import EmbedderPort, LedgerPort
 from serve.config import Batch, Chunking, Ingress, Model, Pool, PoolScaling, Worker
 from serve.records import EmbedCall, Input
