@@ -178,6 +178,9 @@ class ServeBatch:
             rows = rows[len(call.inputs) :]
         return parts
 
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Nothing of it can change while it runs."""
+
     async def ready(self) -> bool:
         """It has loaded."""
         return True
