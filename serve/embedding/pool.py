@@ -6,6 +6,7 @@ is kept by `profiles`.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -217,16 +218,33 @@ class Pool:
     def _warm_up(self, model: Model, engine: Engine, before: int) -> Profile:
         """Two passes show that it works; at a first start more find its pace and budget.
 
-        A model is said to take no less than at its first load: the next one may get pages that this
-        process has already. Where memory is too short for its budget now, the next load tries it again.
+        Replicas that start together take turns at that, and the later ones take what the first found.
         """
         kept = self._known.get(model.id) or self._kept(model)
         if kept is not None and kept.engine == type(engine).__name__:
-            self._known[model.id] = kept
-            proved = self._prove(model, engine, kept.budget_tokens)
-            size_bytes = max(self._held() - before, kept.bytes)
-            budget = kept.budget_tokens if proved else self._least()
-            return kept.model_copy(update={"bytes": size_bytes, "budget_tokens": budget})
+            return self._as_before(model, engine, before, kept)
+        with self._turn(model):
+            kept = self._kept(model)
+            if kept is None or kept.engine != type(engine).__name__:
+                return self._first(model, engine, before)
+        return self._as_before(model, engine, before, kept)
+
+    def _turn(self, model: Model) -> AbstractContextManager[None]:
+        if model.engine == "fake" or self._profiles is None:
+            return nullcontext()
+        return self._profiles.turn()
+
+    def _as_before(self, model: Model, engine: Engine, before: int, kept: Profile) -> Profile:
+        """A model is said to take no less than at its first load: the next one may get pages that this
+        process has already. Where memory is too short for its budget now, the next load tries it again.
+        """
+        self._known[model.id] = kept
+        proved = self._prove(model, engine, kept.budget_tokens)
+        size_bytes = max(self._held() - before, kept.bytes)
+        budget = kept.budget_tokens if proved else self._least()
+        return kept.model_copy(update={"bytes": size_bytes, "budget_tokens": budget})
+
+    def _first(self, model: Model, engine: Engine, before: int) -> Profile:
         times = self._measure(model, engine, _shapes(model, self._settings))
         pace = Pace.fit(times)
         profile = Profile(

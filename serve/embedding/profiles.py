@@ -10,10 +10,12 @@ import importlib.metadata
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from pydantic import Field, ValidationError
 
 from serve.config import Batch, Model
@@ -28,6 +30,9 @@ PACKAGES = ("headrace", "openvino")
 """What a profile depends on beside what graphs do."""
 
 NAME_CHARS = 12
+
+TURN_S_MAX = 60.0
+"""A first warm-up takes 1 to 3 s; who waited longer, for one that hangs, measures beside it."""
 
 NO_MATTER = frozenset(
     {
@@ -109,6 +114,22 @@ class Profiles:
             part.replace(path)
         except OSError as error:
             log.warning("the profile %s cannot be written: %s", path, error)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """One process after another: those that measure at once measure each other. Five replicas that
+        started together on two cores chose budgets of 256 and of 1,024 tokens for one model.
+        """
+        lock = FileLock(self._folder / "turn.lock", timeout=TURN_S_MAX)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except (OSError, Timeout) as error:
+            log.warning("no turn to measure in %s, and measured all the same: %s", lock, error)
+        try:
+            yield
+        finally:
+            lock.release()
 
     def made_of(self, model: Model) -> dict[str, object]:
         """What a profile of that model, made now, depends on."""

@@ -1,6 +1,8 @@
 """What a warm-up measured is kept, found again, and never believed when it is of something else."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -158,6 +160,36 @@ def test_the_next_start_needs_two_passes(clock, tmp_path: Path) -> None:
     again = start(clock, tmp_path).profile(MINILM.id)
     assert Counted.passes == 2
     assert again.model_copy(update={"bytes": 0}) == first.model_copy(update={"bytes": 0})
+
+
+def test_one_that_waited_for_its_turn_takes_what_was_measured_meanwhile(
+    clock, tmp_path: Path, monkeypatch
+) -> None:
+    @contextmanager
+    def after_another(_: Profiles) -> Iterator[None]:
+        monkeypatch.undo()
+        found.append(start(clock, tmp_path).profile(MINILM.id))
+        yield
+
+    found: list[Profile] = []
+    monkeypatch.setattr(Profiles, "turn", after_another)
+    second = start(clock, tmp_path).profile(MINILM.id)
+    assert Counted.passes == 12 + 2
+    assert second.model_copy(update={"bytes": 0}) == found[0].model_copy(update={"bytes": 0})
+
+
+def test_one_measures_at_a_time_but_nobody_waits_for_ever(
+    clock, tmp_path: Path, monkeypatch, caplog
+) -> None:
+    monkeypatch.setattr(profiles, "TURN_S_MAX", 0.0)
+    with Profiles(tmp_path, PLACE).turn():
+        assert not caplog.messages
+        start(clock, tmp_path)
+    assert "no turn to measure" in caplog.text
+    assert Counted.passes == 12
+    caplog.clear()
+    with Profiles(tmp_path, PLACE).turn():
+        assert not caplog.messages
 
 
 def test_a_model_that_is_not_loaded_is_known_by_its_profile(clock, tmp_path: Path) -> None:
