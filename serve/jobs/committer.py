@@ -186,14 +186,20 @@ class Committer:
 
 
 def _apply(conn: sa.Connection, work: Work[Any], now: float) -> _Outcome:
-    """Run one operation in a savepoint. Raises SQLAlchemyError only if the group is lost."""
-    savepoint = conn.begin_nested()
+    """Run one operation in a savepoint. Raises SQLAlchemyError only if the group is lost.
+
+    In plain SQL: SQLAlchemy compiles its own savepoints anew each time, a third of what a small
+    operation costs.
+    """
+    conn.exec_driver_sql("SAVEPOINT operation")
     try:
         value = work(conn, now)
     except Exception as exc:  # noqa: BLE001 a rim: one operation's fault must not sink the others
-        savepoint.rollback()  # raises when the database has undone the whole transaction
+        # Raises when the database has undone the whole transaction.
+        conn.exec_driver_sql("ROLLBACK TO SAVEPOINT operation")
+        conn.exec_driver_sql("RELEASE SAVEPOINT operation")
         return _Outcome(error=_translated(exc))
-    savepoint.commit()
+    conn.exec_driver_sql("RELEASE SAVEPOINT operation")
     return _Outcome(value)
 
 
