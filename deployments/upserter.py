@@ -21,6 +21,7 @@ from deployments.indexes import make_index
 from deployments.metrics import publish
 from deployments.observed import observe
 from deployments.stores import Store, close_store, open_store
+from deployments.yielding import yield_cores
 from serve.config import Settings
 from serve.errors import IndexUnavailable, Overloaded, ServiceError, StoreUnavailable
 from serve.flows.readings import of_buffer, of_census, of_lags
@@ -51,6 +52,7 @@ class UpserterActor:
 
     async def __init__(self, settings: Settings, deploy_seq: int) -> None:  # type: ignore[misc]
         """Take the epoch, open and warm the index, drop what was deleted but not yet gone."""
+        yield_cores()
         observe("upserter", settings.logs)
         self._settings = settings
         self._leaving = False

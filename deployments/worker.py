@@ -25,6 +25,7 @@ from deployments.quotas import open_quotas
 from deployments.store_port import StorePort
 from deployments.stores import close_store, open_store, tick
 from deployments.vaults import open_vault
+from deployments.yielding import yield_cores
 from serve import config
 from serve.config import Settings
 from serve.content.blobs import LocalBlobs
@@ -53,6 +54,7 @@ class Worker:
         embedders: Mapping[str, DeploymentHandle[Any]],
     ) -> None:
         """`embedders` holds one handle per pool, by name; `settings.data_dir` is absolute."""
+        yield_cores()
         observe("worker", settings.logs)
         ports = embedder_ports(embedders, settings)
         store = self._store = await asyncio.to_thread(open_store, settings)
