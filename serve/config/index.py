@@ -50,6 +50,19 @@ class Lance(Section):
         description="In an object store: how often a reader looks for new versions of a table; 0: at "
         "each read, which costs a request.",
     )
+    index_cache_bytes: int = Field(
+        2**30,
+        ge=2**20,
+        le=2**40,
+        description="What each process keeps in memory of ANN and full-text indexes: of 1,000 records "
+        "of 384 dimensions 0.4 MB.",
+    )
+    metadata_cache_bytes: int = Field(
+        2**28,
+        ge=2**20,
+        le=2**40,
+        description="What each process keeps in memory of the descriptions of tables and their files.",
+    )
     storage_env: dict[OptionName, Annotated[EnvName, Field(min_length=1)]] = Field(
         default={},
         max_length=32,

@@ -6,6 +6,7 @@ is being written has several, of which one is the latest at that moment.
 
 from pathlib import Path
 
+from serve.config.index import Lance
 from serve.index.lance_place import Place
 
 
@@ -25,7 +26,7 @@ async def rewind(folder: Path, at: float) -> int:
     """Bring each table of a copy to its latest version at `at`, in epoch seconds of the machine that wrote it; drop
     those that are younger. Every record is read once. Returns how many there are. Raises Torn.
     """
-    place = Place(str(folder), {}, 0.0)
+    place = Place(str(folder), {}, Lance())
     database = await place.database()
     records = 0
     try:

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from serve.config.index import Lance
 from serve.errors import IndexUnavailable
 from serve.index.errors import IndexOffline, IndexRetryable, RecordsRejected
 
@@ -43,8 +44,9 @@ class Place:
         lag_s: how long a reader may see an old version; 0: it looks at each read.
     """
 
-    def __init__(self, uri: str, storage: Mapping[str, str], read_s: float) -> None:
-        self.lag_s = read_s if "://" in uri else 0.0
+    def __init__(self, uri: str, storage: Mapping[str, str], settings: Lance) -> None:
+        self.lag_s = settings.read_s if "://" in uri else 0.0
+        self._caches = settings.index_cache_bytes, settings.metadata_cache_bytes
         self._uri = uri
         self._storage = dict(storage)
         self._connection: lancedb.AsyncConnection | None = None
@@ -60,6 +62,7 @@ class Place:
                         self._uri,
                         read_consistency_interval=timedelta(seconds=self.lag_s),
                         storage_options=self._storage or None,
+                        session=lancedb.Session(*self._caches),  # 6 and 1 GB by default
                     )
             return self._connection
 

@@ -88,7 +88,7 @@ class LanceIndex:
         storage: Mapping[str, str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._place = Place(uri, storage or {}, settings.lancedb.read_s)
+        self._place = Place(uri, storage or {}, settings.lancedb)
         self.caps = Capabilities(
             max_items=settings.max_items,
             max_bytes=settings.max_bytes,

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
+import lancedb
 import numpy as np
 import pytest
 
@@ -63,6 +64,27 @@ async def test_it_opens_again_after_close(uri, index):
     assert (await again.stats(NS)).records == 5
     await again.aclose()
     assert (await index.stats(NS)).records == 5
+
+
+async def test_what_it_keeps_in_memory_is_bounded(uri, monkeypatch):
+    sessions, made_by = [], lancedb.Session
+
+    def noted(*sizes: int) -> lancedb.Session:
+        sessions.append(made_by(*sizes))
+        return sessions[-1]
+
+    monkeypatch.setattr(lancedb, "Session", noted)
+    small = {"index_cache_bytes": 2**20, "metadata_cache_bytes": 2**20}
+    made = LanceIndex(uri, IndexSettings.model_validate({"lancedb": small, "tables_open_max": 4}))
+    for number in range(12):
+        ns = f"{number:032x}"
+        await made.ensure(CollectionSpec(ns, DIMENSIONS))
+        for start in range(0, 60, 20):
+            await made.upsert(ns, records(start, start + 20))
+        assert (await made.stats(ns)).records == 60
+    [session] = sessions
+    assert 0 < session.size_bytes <= 2 * 2**20
+    await made.aclose()
 
 
 WRITER = """
