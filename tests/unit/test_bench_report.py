@@ -252,11 +252,14 @@ def test_fairness_reports_every_policy_beside_the_fair_queue():
         shares = {"flood-free": 1.0, "flood-premium": 4.1, "flood-enterprise": 15.9}
         asked = {f"asks-{inputs}": 7.0 for inputs in crowd.ASKED}
         took = {"tokens_s": tokens_s, "cost_s": 2 * tokens_s, "bulk_part": 0.1, "busy": 0.99}
-        return fairness.Round(waits, [80.0, 90.0], **took, idle=waits, shares=shares, asked=asked)
+        cores = {"machine": 1.5, "embedder": tokens_s / 1000}
+        given = {"idle": waits, "shares": shares, "asked": asked}
+        return fairness.Round(waits, [80.0, 90.0], **took, cores=cores, **given)
 
     taken = {policy: [played_at(500, 1000)] for policy in crowd.POLICIES}
     paired = {"fair": [played_at(10, 999)], "fifo": [played_at(500, 1000)]}
     found = fairness.summary({**taken, "fair": [played_at(10, 980)]}, paired)
+    assert found["cores"] == {"machine": 1.5, "embedder": pytest.approx(0.9895)}
     assert found["queue_p95_ms"] == dict.fromkeys(TIERS, 10)
     assert found["call_ms"]["p99"]["free"] == 15
     assert found["policies"]["serve_batch"]["queue_p95_ms"]["premium"] == 500
