@@ -52,7 +52,6 @@ class UpserterActor:
 
     async def __init__(self, settings: Settings, deploy_seq: int) -> None:  # type: ignore[misc]
         """Take the epoch, open and warm the index, drop what was deleted but not yet gone."""
-        yield_cores()
         observe("upserter", settings.logs)
         self._settings = settings
         self._leaving = False
@@ -92,6 +91,7 @@ class UpserterActor:
         self._watch = asyncio.create_task(
             watch(self._state, self.retire, grace_s=settings.actors.orphan_grace_s)
         )
+        yield_cores()  # not before: a start is waited for
 
     def _state(self) -> State:
         if self._leaving:  # draining ends `run`: that is no reason to be restarted

@@ -54,7 +54,6 @@ class Worker:
         embedders: Mapping[str, DeploymentHandle[Any]],
     ) -> None:
         """`embedders` holds one handle per pool, by name; `settings.data_dir` is absolute."""
-        yield_cores()
         observe("worker", settings.logs)
         ports = embedder_ports(embedders, settings)
         store = self._store = await asyncio.to_thread(open_store, settings)
@@ -97,6 +96,7 @@ class Worker:
         ]
         if not isinstance(store, StorePort):  # the Store's actor ticks by itself
             self._tasks.append(asyncio.create_task(tick(store, rules.tick_s)))
+        yield_cores()  # not before: a start is waited for
 
     def _sources(self, embed: EmbedFlow) -> tuple[Source, ...]:
         """What it tells of itself."""
