@@ -31,6 +31,8 @@ __all__ = ["Permit", "Quotas", "Rate", "Tally"]
 log = logging.getLogger("headrace.quotas")
 
 DAY_S = 86_400.0
+WHOLE = ",.10g"
+"""How numbers of a limit are written: 10,000,000 and 0.5."""
 
 
 @dataclass(slots=True)
@@ -373,15 +375,16 @@ def _used(account: Account, wallet: Wallet, rows: Sequence[UsageRow]) -> int:
 
 def _exceeded(refusal: Refusal) -> QuotaExceeded:
     limit, wait_s = refusal.limit, refusal.wait_s
+    most = f"{limit.burst:{WHOLE}}"
     if limit.kind == "rate":
         what = (
-            f"{limit.burst:g} at once, {SECONDS_PER_MINUTE / limit.interval_s:g} a minute. "
+            f"{most} at once, {SECONDS_PER_MINUTE / limit.interval_s:{WHOLE}} a minute. "
             f"Try again in {wait_s:.3g} s."
         )
     elif limit.kind == "level":
-        what = f"{limit.burst:g} at a time. Try again in {wait_s:.3g} s."
+        what = f"{most} at a time. Try again in {wait_s:.3g} s."
     else:
-        what = f"{limit.burst:g} in a calendar month (UTC) are used up."
+        what = f"{most} in a calendar month (UTC) are used up."
     return QuotaExceeded(
         f"Rate limit reached for {limit.name}: {what}",
         code=limit.name,

@@ -356,7 +356,7 @@ async def test_a_month_goes_on_from_what_the_store_counted(town):
     await asyncio.gather(*(use(quotas, 10, who) for _ in range(9)))
     error = await refusal(quotas, 11, who)
     assert (error.code, error.retry_after_s) == ("tenant_tokens_per_month", None)
-    assert "1000 in a calendar month (UTC) are used up" in error.message
+    assert "1,000 in a calendar month (UTC) are used up" in error.message
     assert town.books.months == ["2026-11"]
     town.wall_now = RUN_OUT + 2
     await use(quotas, 1000, who)
