@@ -6,7 +6,7 @@ from pathlib import Path
 
 NICE = 10
 """Weighs a tenth of a model's thread. On two cores with one for the model, that thread waited for its core
-13 % of the time while a job of documents ran; each of them takes some 250 wake-ups on its way to the index.
+13 % of the time while a job of documents ran.
 """
 
 THREADS = Path("/proc/self/task")

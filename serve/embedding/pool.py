@@ -220,14 +220,18 @@ class Pool:
 
         Replicas that start together take turns at that, and the later ones take what the first found.
         """
-        kept = self._known.get(model.id) or self._kept(model)
-        if kept is not None and kept.engine == type(engine).__name__:
-            return self._as_before(model, engine, before, kept)
-        with self._turn(model):
-            kept = self._kept(model)
-            if kept is None or kept.engine != type(engine).__name__:
-                return self._first(model, engine, before)
+        kept = self._of_engine(engine, self._known.get(model.id) or self._kept(model))
+        if kept is None:
+            with self._turn(model):
+                kept = self._of_engine(engine, self._kept(model))
+                if kept is None:
+                    return self._first(model, engine, before)
         return self._as_before(model, engine, before, kept)
+
+    @staticmethod
+    def _of_engine(engine: Engine, profile: Profile | None) -> Profile | None:
+        same = profile is not None and profile.engine == type(engine).__name__
+        return profile if same else None
 
     def _turn(self, model: Model) -> AbstractContextManager[None]:
         if model.engine == "fake" or self._profiles is None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from pydantic import Field, ValidationError
 
 from serve.config import Batch, Model
@@ -124,8 +124,10 @@ class Profiles:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             lock.acquire()
-        except (OSError, Timeout) as error:
-            log.warning("no turn to measure in %s, and measured all the same: %s", lock, error)
+        except OSError as error:  # a Timeout is one
+            log.warning(
+                "no turn to measure in %s, and measured all the same: %s", self._folder, error
+            )
         try:
             yield
         finally:

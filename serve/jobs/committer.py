@@ -188,7 +188,7 @@ class Committer:
 def _apply(conn: sa.Connection, work: Work[Any], now: float) -> _Outcome:
     """Run one operation in a savepoint. Raises SQLAlchemyError only if the group is lost.
 
-    In plain SQL: SQLAlchemy compiles its own savepoints anew each time, a third of what a small
+    In plain SQL: SQLAlchemy compiles its own savepoints anew each time, a quarter of what a small
     operation costs.
     """
     conn.exec_driver_sql("SAVEPOINT operation")

@@ -1,8 +1,10 @@
 """The service on a real Ray cluster: what only processes that die and hand over can show."""
 
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -11,6 +13,7 @@ import ray
 import ray.actor
 
 from deployments.actors import LEDGER, NAMESPACE, STORE, UPSERTER, living, name_of
+from deployments.yielding import NICE
 from serve.config import Buffer
 from serve.pressure import Sender
 from serve.records import Record
@@ -23,6 +26,30 @@ ROLES = (STORE, UPSERTER, LEDGER)
 
 def embed(client: httpx.Client, *texts: str) -> httpx.Response:
     return client.post("/v1/embeddings", json={"model": "fake", "input": list(texts)})
+
+
+def test_what_nobody_waits_for_yields_the_cores_to_what_somebody_does(whole):
+    def priorities(pids: list[int]) -> set[int]:
+        return {
+            os.getpriority(os.PRIO_PROCESS, int(thread.name))
+            for pid in pids
+            for thread in Path(f"/proc/{pid}/task").iterdir()
+        }
+
+    def actor_pids(role: str) -> list[int]:
+        names = living(role)
+        return [
+            ray.get(ray.get_actor(name, NAMESPACE).__ray_call__.remote(lambda _: os.getpid()))
+            for name in names
+        ]
+
+    yielding = [*whole.replicas("worker-items").values(), *actor_pids(UPSERTER)]
+    others = [*whole.replicas("ingress").values(), *actor_pids(STORE), *actor_pids(LEDGER)]
+    others += whole.replicas("embedder-default").values()
+    assert len(yielding) >= 2
+    # Some library's threads leave more to others of their own process.
+    assert min(priorities(yielding)) == NICE
+    assert min(priorities(others)) == os.getpriority(os.PRIO_PROCESS, 0) < NICE
 
 
 def test_many_callers_share_batches(whole):

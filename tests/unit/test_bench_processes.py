@@ -107,3 +107,14 @@ def test_the_kernel_is_read_as_it_is():
         assert held.rss_mb >= held.pss_mb > 1
         process.stdin.close()
     assert processes.cpu_s(process.pid) == 0
+
+
+def test_cores_are_what_was_used_by_role_over_the_time_that_passed():
+    before = processes.Clock(100.0, 50.0, {"store": 1.0, "gone": 3.0})
+    after = processes.Clock(110.0, 65.0, {"store": 2.0, "worker": 5.0})
+    assert after.cores(before) == {"machine": 1.5, "store": 0.1, "worker": 0.5}
+    turns = [after.cores(before), {"store": 0.3}, {"store": 0.2, "machine": 1.0}]
+    assert processes.median_cores(turns) == {"machine": 1.0, "store": 0.2, "worker": 0.0}
+    now = processes.Clock.read()
+    assert now.machine_s > 0
+    assert now.roles_s["load program"] > 0

@@ -2,11 +2,13 @@
 
 import platform
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from serve.embedding import denormals
+from serve.config import Settings
+from serve.embedding import denormals, onnx
 from serve.embedding.denormals import LAYOUTS, flushed
 
 
@@ -46,6 +48,28 @@ def test_it_ends_with_a_failure_and_is_no_other_threads_business() -> None:
             assert other.submit(halved).result() > 0
         with pytest.raises(ZeroDivisionError), flushed():
             int(halved()) // 0
+    assert halved() > 0
+
+
+def test_a_graph_runs_so_in_any_thread_and_leaves_it_as_it_was(monkeypatch) -> None:
+    opened = []
+
+    class Session:
+        def __init__(self, _path, options, **_) -> None:
+            opened.append((options, halved()))
+
+        def run(self, _names, _feed):
+            return [halved()]
+
+    monkeypatch.setattr(onnx.onnxruntime, "InferenceSession", Session)
+    run = onnx.open_run(Settings().pools[0].models[0], SimpleNamespace(path="graph"), 1)
+    [(options, while_opened)] = opened
+    assert options.get_session_config_entry("session.set_denormal_as_zero") == "1"
+    assert while_opened == 0  # and not after it, though ONNX Runtime sets its first opener's thread
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(run, {}).result() == 0
+        assert other.submit(halved).result() > 0
+    assert run({}) == 0
     assert halved() > 0
 
 
